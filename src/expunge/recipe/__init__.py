@@ -1,0 +1,37 @@
+"""The recipe: the only configuration. One frozen model, YAML in, every problem listed at once."""
+
+from expunge.recipe.load import digest, dump_yaml, load_recipe, parse_overrides, preset_names
+from expunge.recipe.model import (
+    DataConfig,
+    EvaluateConfig,
+    LoraConfig,
+    MergeConfig,
+    ModelConfig,
+    PrepareConfig,
+    Recipe,
+    RetainTerms,
+    SourceConfig,
+    TokenSelection,
+    TrainConfig,
+    UnlearnConfig,
+)
+
+__all__ = [
+    "DataConfig",
+    "EvaluateConfig",
+    "LoraConfig",
+    "MergeConfig",
+    "ModelConfig",
+    "PrepareConfig",
+    "Recipe",
+    "RetainTerms",
+    "SourceConfig",
+    "TokenSelection",
+    "TrainConfig",
+    "UnlearnConfig",
+    "digest",
+    "dump_yaml",
+    "load_recipe",
+    "parse_overrides",
+    "preset_names",
+]

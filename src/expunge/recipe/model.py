@@ -1,0 +1,238 @@
+"""The Recipe models. Every field says what it is; `expunge init` and the JSON schema print these words."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Density = Annotated[float, Field(gt=0, le=1)]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class Frozen(BaseModel):
+    """Base of every part: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+class ModelConfig(Frozen):
+    """A model: an alias (smollm2-135m, tiny), a folder, a hub id, or a .gguf file."""
+
+    id: str = Field(description="alias, folder, hub id or .gguf file")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    dtype: DType = Field("float32", description="dtype of the weights in memory")
+    trust_remote_code: bool = Field(False, description="run code that comes with the checkpoint")
+    allow_pickle: bool = Field(False, description="accept .bin checkpoints, whose unpickling can run code")
+
+
+def _model_from_string(value: Any) -> Any:
+    return {"id": value} if isinstance(value, str) else value
+
+
+Model = Annotated[ModelConfig, BeforeValidator(_model_from_string)]
+
+
+class SourceConfig(Frozen):
+    """Rows: a file (JSONL, JSON, CSV, Parquet) or a hub dataset as `owner/name[:config][@split]`."""
+
+    path: str
+    format: str | None = Field(None, description="name of a data format; sniffed when absent")
+    limit: int | None = Field(None, gt=0, description="take only the first rows")
+
+
+def _source_from_string(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+Source = Annotated[SourceConfig, BeforeValidator(_source_from_string)]
+
+
+class ExtraSplit(SourceConfig):
+    """A further split that is only evaluated."""
+
+    role: Literal["forget", "retain", "holdout", "utility"] = "utility"
+
+
+class DataConfig(Frozen):
+    """What to forget, what to keep, and how a row becomes tokens."""
+
+    benchmark: str | None = Field(None, description="a built-in benchmark instead of files, e.g. fictitious")
+    forget: Source | None = Field(None, description="rows to forget")
+    retain: Source | None = Field(None, description="rows to keep; unlearning trains on them")
+    retain_unseen: Source | None = Field(None, description="rows to keep that unlearning never sees (evaluation only)")
+    holdout: Source | None = Field(None, description="rows that no model was trained on")
+    splits: dict[Name, ExtraSplit] = Field(default_factory=dict, description="further splits, evaluated only")
+    template: str = Field("auto", description="auto, chat, raw, or a format string with {prompt} and {answer}")
+    max_length: int = Field(512, ge=8, description="tokens of prompt and answer together; cuts are counted")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> DataConfig:
+        if self.benchmark and (self.forget or self.retain):
+            raise ValueError("give either `benchmark` or `forget`/`retain`, not both")
+        if self.template not in ("auto", "chat", "raw") and (
+            "{prompt}" not in self.template or "{answer}" not in self.template
+        ):
+            raise ValueError("a template must contain {prompt} and {answer}, or be one of auto, chat, raw")
+        return self
+
+
+class LoraConfig(Frozen):
+    """Low-rank adapters instead of full fine-tuning."""
+
+    rank: int = Field(16, gt=0)
+    alpha: Positive | None = Field(None, description="scale × rank; equal to rank when absent")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[str] | Literal["all-linear"] = Field("all-linear", description="module name endings, or all-linear")
+
+
+def _lora_from_rank(value: Any) -> Any:
+    return {"rank": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Lora = Annotated[LoraConfig, BeforeValidator(_lora_from_rank)]
+
+
+class TrainConfig(Frozen):
+    """How parameters are updated."""
+
+    epochs: Positive = Field(5.0, description="passes over the forget rows (unlearn) or over all rows (prepare)")
+    max_steps: int | None = Field(None, gt=0, description="stop after this many optimizer steps")
+    lr: Positive = 1e-5
+    batch_size: int = Field(8, gt=0, description="forget rows (unlearn) or rows (prepare) of one optimizer step")
+    accumulation: int = Field(1, gt=0, description="micro-batches that one optimizer step is split into")
+    weight_decay: NonNegative = 0.01
+    warmup: float = Field(0.0, ge=0, le=1, description="part of the steps over which the learning rate rises")
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    max_grad_norm: Positive = 1.0
+    precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="autocast dtype of forward and backward")
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = Field(20, gt=0, description="optimizer steps between checkpoints that a killed run resumes")
+
+
+class PrepareConfig(Frozen):
+    """Fine-tune the target (forget + every retain split) and the reference (the same without forget)."""
+
+    train: TrainConfig = TrainConfig(epochs=8, lr=2e-4)
+    lora: Lora | None = None
+
+
+class RetainTerms(Frozen):
+    """Weights of the retain terms that are added to the objective; absent = the objective's own default."""
+
+    nll: NonNegative | None = Field(None, description="negative log-likelihood of the retain answers")
+    kl: NonNegative | None = Field(None, description="KL(start model ‖ model) on the retain answers' tokens")
+
+
+class TokenSelection(Frozen):
+    """Which answer tokens the forget loss sees."""
+
+    by: Literal["all", "knowledge"] = Field("all", description="knowledge: tokens that surprise `model`")
+    model: str = Field("original", description="what lacks the knowledge: original, reference, or a model of yours")
+    threshold: float = Field(-2.0, lt=0, description="a token carries knowledge when its log-prob is below this")
+
+
+def _tokens_from_string(value: Any) -> Any:
+    return {"by": value} if isinstance(value, str) else value
+
+
+class UnlearnConfig(Frozen):
+    """One unlearning run; several make the specialists that are merged."""
+
+    name: Name = "unlearned"
+    method: str = Field("npo", description="an objective (expunge list methods)")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="the objective's hyper-parameters")
+    forget_weight: NonNegative = Field(1.0, description="weight of the forget loss")
+    retain: RetainTerms = RetainTerms()
+    retain_batch: int | None = Field(None, gt=0, description="retain rows of one step; as many as forget when absent")
+    tokens: Annotated[TokenSelection, BeforeValidator(_tokens_from_string)] = TokenSelection()
+    trainable: list[str] | None = Field(
+        None, description="patterns of parameter names to train; the objective's own when absent"
+    )
+    lora: Lora | None = None
+    train: TrainConfig = TrainConfig()
+    seed: int | None = Field(None, description="the recipe's seed when absent")
+
+
+class MergeConfig(Frozen):
+    """Merge of models that share a base, in the space of weight differences."""
+
+    method: str = Field("ties", description="a merge method (expunge list merges)")
+    models: list[Name] = Field(default_factory=list, description="names of unlearn entries; all when absent")
+    weights: list[float] | None = Field(None, description="one per model; 1 each when absent")
+    density: Density | list[Density] = Field(0.8, description="part of each difference that is kept")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="further parameters of the method")
+
+
+class GenerateConfig(Frozen):
+    """The generation pass."""
+
+    max_new_tokens: int = Field(64, gt=0)
+    batch_size: int = Field(32, gt=0)
+    limit: int | None = Field(None, gt=0, description="rows per split; all when absent")
+
+
+class EvaluateConfig(Frozen):
+    """What is measured, and how."""
+
+    metrics: list[str] | None = Field(None, description="names (expunge list metrics); all when absent")
+    batch_size: int = Field(16, gt=0)
+    dtype: DType = Field("float32", description="bfloat16 is faster, but ties flip argmax hits")
+    generate: GenerateConfig | None = GenerateConfig()
+    bootstrap: int = Field(2000, ge=100, description="resamples behind each confidence interval")
+
+
+class Thresholds(Frozen):
+    """The verdicts of the report, fixed beforehand."""
+
+    forget_extraction: NonNegative = Field(0.15, description="Forgotten: forget extraction strength at most this …")
+    reference_margin: NonNegative = Field(0.05, description="… or within this of the reference, whichever is larger")
+    retain_kept: NonNegative = Field(0.95, description="Kept: part of the target's retain extraction strength")
+
+
+class Recipe(Frozen):
+    """Everything that a run is."""
+
+    version: Literal[1] = 1
+    name: Name = "run"
+    seed: int = Field(42, ge=0)
+    model: Model
+    reference: Model | None = Field(None, description="a model that never saw the forget rows, if there is one")
+    data: DataConfig
+    prepare: PrepareConfig | None = Field(None, description="first teach the model the data (for experiments)")
+    unlearn: list[UnlearnConfig] = Field(min_length=1)
+    merge: MergeConfig | None = None
+    evaluate: EvaluateConfig = EvaluateConfig()
+    thresholds: Thresholds = Thresholds()
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Recipe:
+        names = [entry.name for entry in self.unlearn]
+        reserved = {"original", "target", "reference", "merged"}
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"unlearn: two entries are called '{name}'; give each its own `name`")
+            if name in reserved:
+                raise ValueError(f"unlearn: '{name}' is the name of another variant; choose another `name`")
+        if len(names) > 1 and self.merge is None:
+            raise ValueError("unlearn: several entries need a `merge` that says how they become one model")
+        if self.merge is not None:
+            for name in self.merge.models:
+                if name not in names:
+                    raise ValueError(f"merge.models: '{name}' is not the name of an unlearn entry ({', '.join(names)})")
+            count = len(self.merge.models or names)
+            if self.merge.weights is not None and len(self.merge.weights) != count:
+                raise ValueError(f"merge.weights: {len(self.merge.weights)} weights for {count} models")
+            if isinstance(self.merge.density, list) and len(self.merge.density) != count:
+                raise ValueError(f"merge.density: {len(self.merge.density)} densities for {count} models")
+        available = {"original": self.prepare, "reference": self.prepare or self.reference}
+        for entry in self.unlearn:
+            if entry.tokens.by == "knowledge" and available.get(entry.tokens.model, True) is None:
+                raise ValueError(
+                    f"unlearn.{entry.name}.tokens.model: there is no '{entry.tokens.model}' model here; "
+                    "name a model that lacks the knowledge, e.g. the base that was fine-tuned"
+                )
+        return self
