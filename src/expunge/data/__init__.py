@@ -1,0 +1,1 @@
+"""Rows: files and benchmarks in, `Example`s, encoded rows and batches out."""

@@ -1,0 +1,1 @@
+"""One file per data format: sniff a row, read it as an Example."""

@@ -1,0 +1,116 @@
+"""The examples of a source, and the splits of a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import islice
+
+from expunge.data.example import Example, Role, Split, Splits
+from expunge.data.registry import BENCHMARKS
+from expunge.data.rows import Issue, Rows, issue_hint, issues_sentence
+from expunge.errors import UserError
+from expunge.recipe import DataConfig, SourceConfig
+
+_SHOWN = 5
+_ROLES: dict[str, Role] = {"forget": "forget", "retain": "retain", "retain_unseen": "retain", "holdout": "holdout"}
+
+
+def load_examples(source: SourceConfig, name: str = "row") -> list[Example]:
+    """The rows of a file or dataset; rows without an id are called `name-0`, `name-1`, …. Raises UserError."""
+    rows = Rows(source.path, source.format)
+    examples: list[Example] = []
+    issues: list[Issue] = []
+    count = 0
+    for entry in islice(rows, source.limit):
+        if isinstance(entry, Example):
+            if not issues:
+                examples.append(entry)
+            continue
+        count += 1
+        if count <= _SHOWN:
+            issues.append(entry)
+    if issues:
+        raise UserError(issues_sentence(issues, count), issue_hint(issues[0]))
+    if not examples:
+        raise UserError(f"{source.path} has no rows", "see the row of each format in: expunge list formats")
+    return _with_ids(examples, name)
+
+
+def load_splits(config: DataConfig, seed: int) -> Splits:
+    """Every split of a run, checked for rows on both sides. Raises UserError.
+
+    `seed` draws a benchmark that is generated.
+    """
+    splits: dict[str, Split] = {}
+    if config.benchmark is not None:
+        splits.update(_benchmark(config.benchmark, seed).by_name)
+    elif config.forget is None:
+        raise UserError("data.forget: no rows to forget are given", "give a file, or a benchmark: fictitious")
+    for name, role in _ROLES.items():
+        source: SourceConfig | None = getattr(config, name)
+        if source is not None:
+            splits[name] = Split(name, role, tuple(load_examples(source, name)))
+    for name, extra in config.splits.items():
+        if name in splits or name in _ROLES:
+            raise UserError(f"data.splits.{name}: there is a split of that name already", "choose another name")
+        splits[name] = Split(name, extra.role, tuple(load_examples(extra, name)))
+    if "forget" not in splits or not splits["forget"].examples:
+        raise UserError(f"data.benchmark: {config.benchmark} has no rows to forget", "give data.forget a file")
+    _refuse_shared_rows(splits)
+    order = [*(name for name in _ROLES if name in splits), *(name for name in splits if name not in _ROLES)]
+    return Splits({name: splits[name] for name in order})
+
+
+def _benchmark(name: str, seed: int) -> Splits:
+    """`fictitious`, or `fictitious:60` for another number of rows."""
+    base, colon, size = name.partition(":")
+    benchmark = BENCHMARKS.get(base)
+    if colon and not size.isdecimal():
+        raise UserError(f"data.benchmark: '{name}' does not say how many rows", f"for instance {base}:60")
+    return benchmark.load(seed, int(size) if colon else None)
+
+
+def _with_ids(examples: Sequence[Example], name: str) -> list[Example]:
+    """Every row an id of its own: absent ones are numbered, a second one of the same name gets a suffix."""
+    wanted = [example.id or f"{name}-{place}" for place, example in enumerate(examples)]
+    taken = set(wanted)
+    seen: Counter[str] = Counter()
+    named = []
+    for example, identity in zip(examples, wanted, strict=True):
+        seen[identity] += 1
+        final = identity
+        if seen[identity] > 1:
+            number = seen[identity]
+            while (final := f"{identity}-{number}") in taken:
+                number += 1
+            taken.add(final)
+        named.append(example if example.id == final else replace(example, id=final))
+    return named
+
+
+def _refuse_shared_rows(splits: dict[str, Split]) -> None:
+    """A row that is to be forgotten can be neither kept nor be a row that nobody learnt."""
+    forget = {content(example): example for example in reversed(splits["forget"].examples)}
+    for name in ("retain", "retain_unseen", "holdout"):
+        if name not in splits:
+            continue
+        shared = [(forget[key], row) for row in splits[name].examples if (key := content(row)) in forget]
+        if shared:
+            first, second = shared[0]
+            more = f", and {len(shared) - 1} more" if len(shared) > 1 else ""
+            raise UserError(
+                f"{_place(first)} (forget) and {_place(second)} ({name}) are the same row{more}",
+                f"remove {'them' if len(shared) > 1 else 'it'} from one of the two",
+            )
+
+
+def content(example: Example) -> tuple[str, ...]:
+    """What makes two rows the same: turns, prompt and answer, blanks around them aside."""
+    turns: Iterable[str] = (part.strip() for turn in example.turns for part in turn)
+    return (*turns, example.prompt.strip(), example.answer.strip())
+
+
+def _place(example: Example) -> str:
+    return example.source or f"row {example.id}"
