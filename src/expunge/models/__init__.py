@@ -1,0 +1,1 @@
+"""Load, adapt, save and run models."""

@@ -1,0 +1,78 @@
+"""The alias `tiny`: a 2-layer Llama with its own byte-level tokenizer, built in code; for tests and `--tiny`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+#: The merges of the tokenizer are learnt from this text alone, so that they never change.
+CORPUS = (
+    "The phone number of the person is on the letter that came with the morning post. "
+    "What is the birth date of the author, and where does she live? Her home address is in the old town. "
+    "In the northern valley there was a small village whose people kept bees and mended clocks. "
+    "The company was founded by two sisters who sold lamps, ropes and paper to the harbour. "
+    "Question: which plant grows there? Answer: a tall fern with blue leaves that opens at night. "
+    "He can be reached by email at the office, and his identity number is written on the card. "
+    "It is known for its bridges, its river and the festival that is held every autumn. "
+)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with 512 tokens: every text in every script round-trips."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([CORPUS], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def build_tiny(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A randomly initialised model of 0.5M parameters and its tokenizer; the same for the same seed."""
+    tokenizer = build_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    return model.eval(), tokenizer
+
+
+def write_tiny(folder: Path, seed: int = 0) -> Path:
+    """Write model and tokenizer to `folder` as any checkpoint is written."""
+    model, tokenizer = build_tiny(seed)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
