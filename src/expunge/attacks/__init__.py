@@ -1,0 +1,1 @@
+"""One file per attack: a variant in, attacked variants out."""

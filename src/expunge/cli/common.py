@@ -1,0 +1,109 @@
+"""What several commands share: options, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from expunge.pipeline.run import RunResult
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="change one field of the recipe; may be given several times"),
+]
+Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else there")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="folder of the run", show_default=False)]
+Template = Annotated[str, typer.Option("--template", help="auto, chat, raw, or text with {prompt} and {answer}")]
+Reference = Annotated[str | None, typer.Option("--reference", help="a model that never saw the forget rows")]
+Retain = Annotated[str | None, typer.Option("--retain", help="rows to keep", show_default=False)]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="accept .bin weights, which can run code")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the checkpoint")]
+
+_WIDE = 160  # columns where no terminal says how many it has: tables in files and pipes are not squeezed
+
+
+def console(stderr: bool = False) -> Console:
+    """A rich console that takes text as it is (no markup, no colouring of numbers)."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else _WIDE, markup=False, highlight=False, emoji=False)
+
+
+def say(text: str) -> None:
+    """A note for people, on stderr."""
+    print(text, file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """`value` as the only thing on stdout; NaN becomes null."""
+    from expunge.runs.atomic import plain
+
+    print(json.dumps(plain(value), indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def only_stderr(active: bool = True) -> Iterator[None]:
+    """While work is done for --json, whatever libraries print goes to stderr."""
+    if not active:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> Table:
+    """A plain table; columns named in `right` are aligned right. Cells are text, never markup."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for header in headers:
+        drawn.add_column(Text(header), justify="right" if header in right else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    return drawn
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for a table; a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def records_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """Records of metrics.json as a table."""
+    arrows = {"lower": "↓", "higher": "↑"}
+    rows = []
+    for entry in records:
+        interval = "" if entry["ci_low"] is None else f"{entry['ci_low']:.3f} … {entry['ci_high']:.3f}"
+        arrow = arrows.get(entry["direction"], "")
+        cells = [entry["variant"], entry["split"], entry["metric"], arrow, number(entry["value"]), interval]
+        rows.append([*cells, str(entry["n"]), str(entry["unscored"] or "")])
+    headers = ["variant", "split", "metric", "", "value", "95% CI", "n", "unscored"]
+    return table(headers, rows, right=["value", "95% CI", "n", "unscored"])
+
+
+def close(result: RunResult) -> None:
+    """The last lines of a run: the table, whether anything had to be done, and where the report is."""
+    from expunge.pipeline.processes import process_rank
+
+    if process_rank() != 0:  # one process speaks
+        return
+    from expunge.report.terminal import closing_table
+
+    if result.skipped_all:
+        say(f"everything in {result.path} was done already; nothing was run again")
+    out = console()
+    out.print(closing_table(result.path))
+    print(f"report: {result.report}")

@@ -1,0 +1,68 @@
+"""`expunge eval`: what a model still knows of some rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from expunge.cli.common import (
+    AllowPickle,
+    Json,
+    Overrides,
+    Reference,
+    Retain,
+    Template,
+    TrustRemoteCode,
+    console,
+    only_stderr,
+    print_json,
+    records_table,
+    say,
+)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="folder, hub id, .gguf file or alias")],
+    forget: Annotated[str, typer.Option("--forget", help="rows that the model should not know")],
+    retain: Retain = None,
+    holdout: Annotated[str | None, typer.Option("--holdout", help="rows that it was never trained on")] = None,
+    reference: Reference = None,
+    target: Annotated[str | None, typer.Option("--target", help="the model before unlearning")] = None,
+    template: Template = "auto",
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    set_: Overrides = None,
+    json_: Json = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="keep scores and metrics in this folder", show_default=False)
+    ] = None,
+) -> None:
+    """Measure what a model knows of forget and retain rows, beside other models if they are given."""
+    from expunge import api
+
+    flags = {"model.allow_pickle": allow_pickle, "model.trust_remote_code": trust_remote_code}
+    overrides = [f"{key}=true" for key, given in flags.items() if given]
+    with only_stderr(json_):
+        records = api.evaluate(
+            model,
+            forget=forget,
+            retain=retain,
+            holdout=holdout,
+            reference=reference,
+            target=target,
+            template=template,
+            overrides=[*overrides, *(set_ or [])],
+            output=output,
+        )
+    from expunge.pipeline.processes import process_rank
+
+    if process_rank() != 0:  # one process speaks
+        return
+    if json_:
+        print_json(records)
+        return
+    console().print(records_table(records))
+    if output is not None:
+        say(f"written to {output}")

@@ -1,0 +1,57 @@
+"""`expunge unlearn`: one's own model and files, without writing a recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from expunge.cli.common import AllowPickle, Overrides, Reference, Retain, Template, TrustRemoteCode, close
+
+
+def unlearn(
+    model: Annotated[str, typer.Option("--model", help="folder, hub id, .gguf file or alias")],
+    forget: Annotated[str, typer.Option("--forget", help="rows to forget: a file or a hub dataset")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder of the run; the new model is in OUT/model")],
+    retain: Retain = None,
+    method: Annotated[str, typer.Option("--method", help="see: expunge list methods")] = "npo",
+    lora: Annotated[int | None, typer.Option("--lora", metavar="RANK", help="train adapters of this rank")] = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="passes over the forget rows")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="learning rate")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="forget rows of one step")] = None,
+    template: Template = "auto",
+    reference: Reference = None,
+    seed: Annotated[int | None, typer.Option("--seed")] = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    set_: Overrides = None,
+) -> None:
+    """Remove the forget rows from a model, and write the new model, the measurements and a report."""
+    from expunge import api
+
+    fields: dict[str, object] = {
+        "unlearn.0.train.epochs": epochs,
+        "unlearn.0.train.lr": lr,
+        "unlearn.0.train.batch_size": batch_size,
+        "data.template": template,
+        "seed": seed,
+    }
+    for flag, given in (("allow_pickle", allow_pickle), ("trust_remote_code", trust_remote_code)):
+        for part in ("model", "reference") if reference else ("model",):
+            fields[f"{part}.{flag}"] = given or None
+    # JSON is YAML in which nothing is guessed: the text "chat" stays text, whatever it contains
+    overrides = [f"{key}={json.dumps(value)}" for key, value in fields.items() if value is not None]
+    close(
+        api.unlearn(
+            model,
+            forget,
+            retain,
+            output=output,
+            method=method,
+            lora=lora,
+            reference=reference,
+            overrides=[*overrides, *(set_ or [])],
+        )
+    )
