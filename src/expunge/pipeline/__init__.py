@@ -1,0 +1,1 @@
+"""Stages, trainer, evaluation: the only room that knows processes and devices."""

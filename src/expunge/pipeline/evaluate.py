@@ -1,0 +1,114 @@
+"""Each variant passes each split once for scores and once for generation; metrics are computed from the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from expunge.data.encode import Encoded
+from expunge.data.example import Splits
+from expunge.metrics.base import evaluate_metrics
+from expunge.models.load import Loaded, load_model
+from expunge.pipeline.processes import process_rank
+from expunge.recipe import EvaluateConfig, ModelConfig
+from expunge.scoring.generate import generate
+from expunge.scoring.scores import score
+from expunge.scoring.tables import VALUES
+
+Rows = Mapping[str, Sequence[Encoded]]
+Progress = Callable[[int], None]
+
+
+class LazyModel:
+    """A model for evaluation, loaded when the first pass needs it; adapters are folded in memory."""
+
+    def __init__(self, config: ModelConfig, dtype: str) -> None:
+        self.config = config.model_copy(update={"dtype": dtype})
+        self._loaded: Loaded | None = None
+
+    @property
+    def loaded(self) -> Loaded:
+        """The model on its device."""
+        if self._loaded is None:
+            loaded = load_model(self.config)
+            model: Any = loaded.model
+            if hasattr(model, "merge_and_unload"):
+                model = model.merge_and_unload()
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self._loaded = Loaded(model.to(device).eval(), loaded.tokenizer, loaded.folder, loaded.source)
+        return self._loaded
+
+
+def write_scores(model: LazyModel, rows: Rows, config: EvaluateConfig, out: Path, progress: Progress) -> dict[str, Any]:
+    """The scoring pass: one parquet file per split."""
+
+    def one_split(split: Sequence[Encoded]) -> pa.Table:
+        return score(model.loaded.model, split, batch_size=config.batch_size, progress=progress)
+
+    return _write_tables(rows, out, one_split, {"dtype": config.dtype})
+
+
+def write_generations(
+    model: LazyModel, rows: Rows, config: EvaluateConfig, out: Path, progress: Progress
+) -> dict[str, Any]:
+    """The generation pass: one parquet file per split, at most `limit` rows each."""
+    settings = config.generate
+    assert settings is not None
+
+    def one_split(split: Sequence[Encoded]) -> pa.Table:
+        loaded = model.loaded
+        return generate(
+            loaded.model,
+            loaded.tokenizer,
+            split[: settings.limit],
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            progress=progress,
+        )
+
+    return _write_tables(rows, out, one_split, {"dtype": config.dtype, "max_new_tokens": str(settings.max_new_tokens)})
+
+
+def _write_tables(
+    rows: Rows, out: Path, make: Callable[[Sequence[Encoded]], pa.Table], metadata: Mapping[str, str]
+) -> dict[str, Any]:
+    out.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for name, split in rows.items():
+        table = make(split)
+        if process_rank() == 0:
+            pq.write_table(table.replace_schema_metadata(dict(metadata)), out / f"{name}.parquet")
+        counts[name] = table.num_rows
+    return {"rows": counts}
+
+
+def measure(
+    variants: Iterable[str],
+    splits: Splits,
+    tables: Callable[[str, str], Mapping[str, pa.Table]],
+    config: EvaluateConfig,
+    seed: int,
+) -> tuple[list[dict[str, Any]], pa.Table]:
+    """Records and per-example values of every variant × split × metric; `tables(variant, split)` gives the tables."""
+    records: list[dict[str, Any]] = []
+    values: list[pa.Table] = []
+    for variant in variants:
+        for split in splits:
+            found = tables(variant, split.name)
+            new_records, new_values = evaluate_metrics(
+                found, split.role, config.metrics, config.bootstrap, seed, variant, split.name
+            )
+            records += new_records
+            values.append(new_values)
+    return records, pa.concat_tables(values) if values else VALUES.empty_table()
+
+
+def read_tables(folders: Mapping[str, Path], split: str) -> dict[str, pa.Table]:
+    """The tables of one split that are on disk, by name of table."""
+    files = {name: folder / f"{split}.parquet" for name, folder in folders.items()}
+    return {name: pq.read_table(file) for name, file in files.items() if file.is_file()}

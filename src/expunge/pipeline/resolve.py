@@ -1,0 +1,142 @@
+"""Everything that can be wrong is found here, before the first step: data, tokenizer, methods, metrics."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from expunge.data.encode import Encoded, encode, truncation_note
+from expunge.data.example import Splits
+from expunge.data.load import load_splits
+from expunge.data.template import resolve_template
+from expunge.errors import UserError
+from expunge.merging.registry import MERGES
+from expunge.methods.base import Objective, build_objective
+from expunge.metrics.base import METRICS
+from expunge.models.load import load_tokenizer
+from expunge.pipeline.training import Job
+from expunge.recipe import ModelConfig, Recipe, UnlearnConfig
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe with its rows in tokens and its objectives built."""
+
+    recipe: Recipe
+    splits: Splits
+    rows: Mapping[str, Sequence[Encoded]]
+    objectives: Mapping[str, Objective]
+    tokenizer: Any
+
+    @property
+    def target_config(self) -> ModelConfig:
+        """The given model; `prepare` makes another one out of it."""
+        return self.recipe.model
+
+    def data_record(self) -> dict[str, dict[str, Any]]:
+        """Rows, role, digest and cuts of each split, for run.json."""
+        return {
+            split.name: {
+                "rows": len(split),
+                "role": split.role,
+                "digest": rows_digest(self.rows[split.name]),
+                "truncated": sum(row.truncated > 0 for row in self.rows[split.name]),
+            }
+            for split in self.splits
+        }
+
+    def notes(self) -> list[str]:
+        """Sentences on what was cut."""
+        noted = ((name, truncation_note(rows)) for name, rows in self.rows.items())
+        return [f"{name}: {note}" for name, note in noted if note]
+
+
+def resolve(recipe: Recipe) -> Resolved:
+    """Check and encode everything. Raises one UserError that lists all problems found."""
+    problems: list[UserError] = []
+
+    def attempt(work: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return work(*arguments)
+        except UserError as error:
+            problems.append(error)
+            return None
+
+    splits = attempt(load_splits, recipe.data, recipe.seed)
+    tokenizer = attempt(load_tokenizer, recipe.model)
+    template = attempt(resolve_template, recipe.data.template, tokenizer) if tokenizer else None
+    objectives = {entry.name: attempt(build_objective, entry.method, entry.parameters) for entry in recipe.unlearn}
+    if recipe.merge is not None:
+        attempt(MERGES.get, recipe.merge.method)
+    for name in recipe.evaluate.metrics or []:
+        attempt(METRICS.get, name)
+    for entry in recipe.unlearn if splits is not None else []:
+        attempt(_check_retain, entry, objectives[entry.name], "retain" in splits)
+    rows: dict[str, list[Encoded]] = {}
+    for split in splits if splits is not None and template is not None else []:
+        rows[split.name] = attempt(encode, split.examples, tokenizer, template, recipe.data.max_length) or []
+    _raise_all(problems)
+    return Resolved(recipe, splits, rows, objectives, tokenizer)
+
+
+def retain_weights(entry: UnlearnConfig, objective: Objective, has_retain: bool) -> dict[str, float]:
+    """Weights of the loss terms: the recipe's, else the objective's own; no retain term without retain rows."""
+    about = objective.about
+    nll = about.nll if entry.retain.nll is None else entry.retain.nll
+    kl = about.kl if entry.retain.kl is None else entry.retain.kl
+    return {"forget": entry.forget_weight, "nll": nll if has_retain else 0.0, "kl": kl if has_retain else 0.0}
+
+
+def unlearn_job(
+    resolved: Resolved, entry: UnlearnConfig, model: ModelConfig, selection: Sequence[np.ndarray] | None
+) -> Job:
+    """The training run of one unlearn entry."""
+    retain = resolved.rows.get("retain", ())
+    objective = resolved.objectives[entry.name]
+    return Job(
+        model=model,
+        forget=resolved.rows["forget"],
+        retain=retain,
+        train=entry.train,
+        seed=resolved.recipe.seed if entry.seed is None else entry.seed,
+        objective=objective,
+        weights=retain_weights(entry, objective, bool(retain)),
+        retain_batch=entry.retain_batch,
+        selection=selection,
+        lora=entry.lora,
+        trainable=entry.trainable,
+    )
+
+
+def rows_digest(rows: Sequence[Encoded]) -> str:
+    """sha256 over the tokens of every row and where its answer begins."""
+    whole = hashlib.sha256()
+    for row in rows:
+        whole.update(np.array([len(row.input_ids), row.prompt_tokens, row.answer_tokens], dtype=np.int64).tobytes())
+        whole.update(np.ascontiguousarray(row.input_ids, dtype=np.int32).tobytes())
+    return whole.hexdigest()
+
+
+def _check_retain(entry: UnlearnConfig, objective: Objective | None, has_retain: bool) -> None:
+    if objective is None or has_retain:
+        return
+    asked = [term for term in ("nll", "kl") if (getattr(entry.retain, term) or 0) > 0]
+    if objective.about.retain or asked:
+        what = f"method {entry.method}" if objective.about.retain else f"retain.{asked[0]}"
+        raise UserError(
+            f"unlearn '{entry.name}': {what} needs retain rows, and there are none",
+            "give them: --retain FILE, or data.retain in the recipe",
+        )
+
+
+def _raise_all(problems: Sequence[UserError]) -> None:
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        messages = list(dict.fromkeys(problem.message for problem in problems))
+        hints = list(dict.fromkeys(problem.hint for problem in problems if problem.hint))
+        raise UserError("; ".join(messages), "; ".join(hints))

@@ -1,0 +1,137 @@
+"""A run from recipe to report: prepare → unlearn ×N → merge → evaluate → metrics → report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from expunge.metrics.base import METRICS
+from expunge.pipeline.evaluate import measure, read_tables
+from expunge.pipeline.processes import barrier, process_rank
+from expunge.pipeline.progress import Reporter, quiet_libraries
+from expunge.pipeline.resolve import Resolved, resolve
+from expunge.pipeline.stages import Stages, Variant
+from expunge.pipeline.training import Job
+from expunge.recipe import ModelConfig, Recipe, TokenSelection
+from expunge.report.build import build_report
+from expunge.report.card import model_card
+from expunge.runs.atomic import write_bytes, write_json, write_text
+from expunge.runs.store import RunDirectory
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left: its folder, the report, every record, and whether all of it was there before."""
+
+    path: Path
+    model: Path
+    report: Path
+    metrics: list[dict[str, Any]]
+    skipped_all: bool
+
+
+def execute(recipe: Recipe, output: Path, reporter: Reporter | None = None) -> RunResult:
+    """Do everything that the recipe says and that is not done yet. Raises UserError before anything is written."""
+    quiet_libraries()
+    resolved = resolve(recipe)
+    output = output.absolute()
+    if process_rank() != 0:
+        _execute(Stages(resolved, None, output, Reporter(quiet=True)))
+        barrier()
+        return _read_result(output, True)
+    reporter = reporter or Reporter()
+    with RunDirectory(output, recipe) as directory:
+        directory.record(data=resolved.data_record())
+        for note in resolved.notes():
+            directory.note(note)
+            reporter.line(f"  note: {note}")
+        stages = Stages(resolved, directory, output, reporter)
+        variants = _execute(stages)
+        digests = {v.name: {"source": v.config.id, "digest": v.digest} for v in variants}
+        directory.record(models=digests, metrics={name: METRICS.get(name).describe() for name in METRICS.names()})
+        records = _write_metrics(resolved, variants, output)
+        directory.finish()
+        report = build_report(output)
+        card = model_card(output)
+        for place in (output, output / "model"):
+            write_text(place / "README.md", card)
+        barrier()
+        return RunResult(output, output / "model", report, records, directory.skipped_all)
+
+
+def _execute(stages: Stages) -> list[Variant]:
+    """Every model, then every pass; the variants in the order in which the report shows them."""
+    resolved = stages.resolved
+    variants = _models(stages)
+    rows = {split.name: resolved.rows[split.name] for split in resolved.splits}
+    for variant in variants:
+        stages.scores(variant, rows)
+        if resolved.recipe.evaluate.generate is not None:
+            stages.generations(variant, rows)
+        stages.release(variant)
+    return variants
+
+
+def _models(stages: Stages) -> list[Variant]:
+    resolved = stages.resolved
+    recipe = resolved.recipe
+    given = stages.given("original" if recipe.prepare else "target", recipe.model)
+    target, reference = given, None
+    if recipe.prepare is not None:
+        taught = [split.name for split in resolved.splits if split.name in ("forget", "retain", "retain_unseen")]
+        target = stages.trained("prepare/target", "models/target", _prepare_job(resolved, taught), given)
+        taught.remove("forget")
+        if taught:
+            reference = stages.trained("prepare/reference", "models/reference", _prepare_job(resolved, taught), given)
+    if recipe.reference is not None:
+        reference = stages.given("reference", recipe.reference)
+
+    def lacking(tokens: TokenSelection) -> Variant:
+        known = {"original": given if recipe.prepare else None, "reference": reference}
+        return known.get(tokens.model) or stages.given("selector", ModelConfig(id=tokens.model))
+
+    unlearned = []
+    for entry in recipe.unlearn:
+        whole = recipe.merge is None and entry.lora is None
+        made = stages.unlearned(entry, "model" if whole else f"models/{entry.name}", target, lacking)
+        unlearned.append(Variant(entry.name, made.config, made.digest))
+    variants = [given] if target is given else [given, target]
+    if recipe.merge is not None:
+        chosen = recipe.merge.models or [entry.name for entry in recipe.unlearn]
+        by_name = {variant.name: variant for variant in unlearned}
+        unlearned.append(stages.merged([by_name[name] for name in chosen], target))
+    elif recipe.unlearn[0].lora is not None:
+        unlearned = [stages.folded(unlearned[0])]
+    return [*variants, *unlearned, *([reference] if reference else [])]
+
+
+def _prepare_job(resolved: Resolved, names: Sequence[str]) -> Job:
+    prepare = resolved.recipe.prepare
+    assert prepare is not None
+    rows = [row for name in names for row in resolved.rows[name]]
+    return Job(resolved.recipe.model, rows, prepare.train, resolved.recipe.seed, lora=prepare.lora)
+
+
+def _write_metrics(resolved: Resolved, variants: Sequence[Variant], output: Path) -> list[dict[str, Any]]:
+    def tables(variant: str, split: str) -> Mapping[str, pa.Table]:
+        return read_tables({kind: output / kind / variant for kind in ("scores", "generations")}, split)
+
+    recipe = resolved.recipe
+    names = [variant.name for variant in variants]
+    records, values = measure(names, resolved.splits, tables, recipe.evaluate, recipe.seed)
+    write_json(output / "metrics.json", records)
+    sink = pa.BufferOutputStream()
+    pq.write_table(values, sink)
+    write_bytes(output / "values.parquet", sink.getvalue().to_pybytes())
+    return records
+
+
+def _read_result(output: Path, skipped: bool) -> RunResult:
+    records = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    return RunResult(output, output / "model", output / "report.html", records, skipped)

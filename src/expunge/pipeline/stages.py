@@ -1,0 +1,235 @@
+"""The stages of a run: each reads the digests of its inputs and leaves a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from expunge.data.encode import Encoded
+from expunge.models.load import is_adapter, load_model, resolve_folder
+from expunge.models.save import save_model
+from expunge.pipeline.evaluate import LazyModel, write_generations, write_scores
+from expunge.pipeline.processes import barrier, broadcast, process_count, process_rank
+from expunge.pipeline.progress import Reporter
+from expunge.pipeline.resolve import Resolved, rows_digest, unlearn_job
+from expunge.pipeline.training import Job, train
+from expunge.recipe import ModelConfig, TokenSelection, UnlearnConfig
+from expunge.runs.provenance import file_digest, folder_digest
+from expunge.runs.store import RunDirectory, StageResult
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to obtain a model: how to load it, and the digest of what it is made of."""
+
+    name: str
+    config: ModelConfig
+    digest: str
+
+
+class Stages:
+    """Makes models and tables inside one run directory. On processes other than the first, `directory` is None."""
+
+    def __init__(self, resolved: Resolved, directory: RunDirectory | None, root: Path, reporter: Reporter) -> None:
+        self.resolved, self.directory, self.root, self.reporter = resolved, directory, root, reporter
+        self._models: dict[str, LazyModel] = {}
+
+    def given(self, name: str, config: ModelConfig) -> Variant:
+        """A model that exists already."""
+        place = resolve_folder(config.id, config.revision)
+        digest = broadcast(self._digest(place) if process_rank() == 0 else "")
+        return Variant(name, config, digest)
+
+    def trained(
+        self, name: str, target: str, job: Job, model: Variant, extra: Mapping[str, Any] | None = None
+    ) -> Variant:
+        """A model that a training run makes; `name` is the stage's, e.g. unlearn/over."""
+        inputs = {
+            "model": model.digest,
+            "forget": rows_digest(job.forget),
+            "retain": rows_digest(job.retain),
+            "train": job.train.model_dump(mode="json"),
+            "seed": job.seed,
+            "objective": repr(job.objective),
+            "weights": dict(job.term_weights),
+            "retain_batch": job.retain_batch,
+            "selection": None if job.selection is None else [mask.tolist() for mask in job.selection],
+            "lora": None if job.lora is None else job.lora.model_dump(mode="json"),
+            "trainable": list(job.trainable) if job.trainable is not None else None,
+            **(extra or {}),
+        }
+        steps = job.plan().steps
+
+        def work(folder: Path) -> Mapping[str, Any]:
+            with self.reporter.bar(name, steps) as tick:
+                done = 0
+
+                def on_step(step: int, terms: Mapping[str, float]) -> None:
+                    nonlocal done
+                    tick(step - done, f"loss {terms['loss']:.3f}")
+                    done = step
+                    if self.directory is not None:
+                        self.directory.events.write(
+                            "train", stage=name, step=step, steps=steps, lr=job.train.lr, **terms
+                        )
+
+                train(job, folder, on_step=on_step)
+            return {"steps": steps}
+
+        result = self._stage(name, target, inputs, work)
+        return self._variant(target.rpartition("/")[2], result, model)
+
+    def unlearned(
+        self, entry: UnlearnConfig, target: str, model: Variant, lacking: Callable[[TokenSelection], Variant]
+    ) -> Variant:
+        """The model of one unlearn entry; `lacking` gives the model that lacks the knowledge, for token selection."""
+        selection = None
+        if entry.tokens.by == "knowledge":
+            variant = lacking(entry.tokens)
+            known = self.scores(variant, {"forget": self.resolved.rows["forget"]}, f"scores-before/{variant.name}")
+            selection = knowledge_tokens(known.path / "forget.parquet", entry.tokens.threshold)
+        job = unlearn_job(self.resolved, entry, model.config, selection)
+        return self.trained(f"unlearn/{entry.name}", target, job, model)
+
+    def merged(self, variants: Sequence[Variant], base: Variant) -> Variant:
+        """The merge of the specialists, as a whole checkpoint in `model/`."""
+        from expunge.merging.run import merge_models
+
+        merge = self.resolved.recipe.merge
+        assert merge is not None
+        inputs = {"merge": merge.model_dump(mode="json"), "models": [v.digest for v in variants], "base": base.digest}
+
+        def work(folder: Path) -> Mapping[str, Any]:
+            if process_rank() != 0:
+                return {}
+            count = len(variants)
+            density = merge.density if isinstance(merge.density, list) else [merge.density] * count
+            with self.reporter.bar("merge", 1) as tick:
+                made = merge_models(
+                    [variant.config.id for variant in variants],
+                    folder / "out",
+                    base=str(resolve_folder(base.config.id)),
+                    method=merge.method,
+                    weights=merge.weights or [1.0] * count,
+                    density=density,
+                    parameters=merge.parameters,
+                )
+                tick(1)
+            return {"statistics": made.statistics}
+
+        return self._variant("merged", self._stage("merge", "model", inputs, work), base)
+
+    def folded(self, variant: Variant) -> Variant:
+        """An adapter folded into its base, as a whole checkpoint in `model/`."""
+
+        def work(folder: Path) -> None:
+            if process_rank() == 0:
+                loaded = load_model(variant.config)
+                model: Any = loaded.model
+                save_model(model.merge_and_unload(), loaded.tokenizer, folder / "out")
+
+        return self._variant(variant.name, self._stage("fold", "model", {"adapter": variant.digest}, work), variant)
+
+    def scores(self, variant: Variant, rows: Mapping[str, Sequence[Encoded]], target: str = "") -> StageResult:
+        """The scoring pass of a variant over splits."""
+        config = self.resolved.recipe.evaluate
+        inputs = {"dtype": config.dtype, **self._evaluated(variant, rows)}
+        return self._pass("scores", variant, rows, target, inputs, write_scores)
+
+    def generations(self, variant: Variant, rows: Mapping[str, Sequence[Encoded]]) -> StageResult:
+        """The generation pass of a variant over splits."""
+        settings = self.resolved.recipe.evaluate.generate
+        assert settings is not None
+        asked = {"max_new_tokens": settings.max_new_tokens, "limit": settings.limit}
+        inputs = {"dtype": self.resolved.recipe.evaluate.dtype, **asked, **self._evaluated(variant, rows)}
+        return self._pass("generations", variant, rows, "", inputs, write_generations)
+
+    def release(self, variant: Variant) -> None:
+        """Free the memory of an evaluated variant."""
+        self._models.pop(variant.digest, None)
+
+    def _pass(
+        self,
+        kind: str,
+        variant: Variant,
+        rows: Mapping[str, Sequence[Encoded]],
+        target: str,
+        inputs: Mapping[str, Any],
+        write: Callable[..., Mapping[str, Any]],
+    ) -> StageResult:
+        config = self.resolved.recipe.evaluate
+        place = target or f"{kind}/{variant.name}"
+        model = self._models.setdefault(variant.digest, LazyModel(variant.config, config.dtype))
+        limit = config.generate.limit if kind == "generations" and config.generate else None
+        total = sum(min(len(split), limit or len(split)) for split in rows.values())
+
+        def work(folder: Path) -> Mapping[str, Any]:
+            with self.reporter.bar(place, total) as tick:
+                return write(model, rows, config, folder / "out", tick)
+
+        return self._stage(place, place, inputs, work)
+
+    def _evaluated(self, variant: Variant, rows: Mapping[str, Sequence[Encoded]]) -> dict[str, Any]:
+        return {"model": variant.digest, "rows": {name: rows_digest(split) for name, split in rows.items()}}
+
+    def _stage(self, name: str, target: str, inputs: Mapping[str, Any], work: Callable[[Path], Any]) -> StageResult:
+        """`RunDirectory.stage` by the first process; the others do the same work when, and only when, it is done."""
+        if process_count() == 1:
+            assert self.directory is not None
+            return self.directory.stage(name, target, inputs, work)
+        if self.directory is not None:
+
+            def together(folder: Path) -> Any:
+                broadcast(("work", folder))
+                made = work(folder)
+                barrier()
+                return made
+
+            result = self.directory.stage(name, target, inputs, together)
+            broadcast(("done", result))
+            return result
+        message, content = broadcast(None)
+        if message == "work":
+            work(content)
+            barrier()
+            message, content = broadcast(None)
+        done: StageResult = content
+        return done
+
+    def _variant(self, name: str, result: StageResult, parent: Variant) -> Variant:
+        config = parent.config.model_copy(update={"id": str(result.path.resolve()), "revision": None})
+        return Variant(name, config, result.digest)
+
+    @staticmethod
+    def _digest(place: Path) -> str:
+        if place.is_file():
+            return file_digest(place)
+        own = folder_digest(place)
+        if is_adapter(place):
+            import json
+
+            base = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+            own += folder_digest(resolve_folder(base))
+        return own
+
+
+def knowledge_tokens(scores: Path, threshold: float) -> list[np.ndarray]:
+    """Per row, bool over its supervised tokens: those of the answer that surprise a model without the knowledge.
+
+    The terminator is never chosen, and every answer keeps at least its most surprising token.
+    """
+    table = pq.read_table(scores, columns=["logprob", "answer_tokens"]).to_pydict()
+    chosen = []
+    for logprobs, answer in zip(table["logprob"], table["answer_tokens"], strict=True):
+        values = np.asarray(logprobs, dtype=np.float32)
+        mask = values < threshold
+        mask[answer:] = False
+        if answer and not mask.any():
+            mask[int(values[:answer].argmin())] = True
+        chosen.append(mask)
+    return chosen
