@@ -1,0 +1,1 @@
+"""Tables, SVG figures, HTML, model card; no torch."""

@@ -1,0 +1,221 @@
+"""How a run was made, for reading: recipe in words, timing, data, models, environment, command."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expunge.recipe.model import LoraConfig, TrainConfig, UnlearnConfig
+from expunge.report.records import RunRecord, mapping
+from expunge.report.tables import variant_label
+from expunge.report.text import compact, duration, grouped, human, listed, plural
+
+#: Characters of a file that is shown whole inside the page.
+_WHOLE = 40_000
+_DIGEST = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One stage: how long, and which part of the longest it is."""
+
+    stage: str
+    seconds: str
+    share: float
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class DataRow:
+    """One split: rows, cut rows, digest."""
+
+    split: str
+    role: str
+    rows: str
+    truncated: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRow:
+    """One variant: where its weights are, and their digest."""
+
+    variant: str
+    source: str
+    digest: str
+
+
+def command(record: RunRecord) -> str:
+    """The command that was typed, else the one that repeats the resolved recipe."""
+    given = record.info.get("command")
+    if isinstance(given, list | tuple):
+        return shlex.join(str(part) for part in given)
+    return str(given) if given else repeat_command()
+
+
+def repeat_command() -> str:
+    """The command that repeats a run from its resolved recipe."""
+    return "expunge run recipe.resolved.yaml -o AGAIN"
+
+
+def in_words(record: RunRecord) -> list[tuple[str, str]]:
+    """The recipe as (stage, sentence)."""
+    recipe = record.recipe
+    if recipe is None:
+        return []
+    revision = f" @ {recipe.model.revision}" if recipe.model.revision else ""
+    lines = [("Model", f"{recipe.model.id}{revision}, weights in {recipe.model.dtype}")]
+    data = f"benchmark {recipe.data.benchmark}" if recipe.data.benchmark else "own files"
+    lines.append(
+        ("Data", f"{data}; template {recipe.data.template}; at most {grouped(recipe.data.max_length)} tokens a row")
+    )
+    if recipe.prepare:
+        words = "target taught forget and retain rows, reference the retain rows alone: "
+        lines.append(("Prepare", words + _training(recipe.prepare.train, recipe.prepare.lora)))
+    lines += [(f"Unlearn: {entry.name}", _objective(entry)) for entry in recipe.unlearn]
+    if recipe.merge:
+        merge = recipe.merge
+        names = merge.models or [entry.name for entry in recipe.unlearn]
+        density = merge.density if isinstance(merge.density, list) else [merge.density]
+        words = f"{merge.method} of {listed(names)}, density {', '.join(map(compact, density))}"
+        words += f", weights {', '.join(map(compact, merge.weights))}" if merge.weights else ""
+        lines.append(("Merge", words + _parameters(merge.parameters)))
+    measured = f"scores in {recipe.evaluate.dtype}; {grouped(recipe.evaluate.bootstrap)} bootstrap resamples"
+    generate = recipe.evaluate.generate
+    measured += (
+        f"; greedy answers of at most {plural(generate.max_new_tokens, 'token')}"
+        if generate
+        else "; no generation pass"
+    )
+    measured += f", first {plural(generate.limit, 'row')} of a split" if generate and generate.limit else ""
+    lines.append(("Evaluate", measured))
+    return lines
+
+
+def _objective(entry: UnlearnConfig) -> str:
+    terms = [f"{compact(entry.forget_weight)} × {entry.method}{_parameters(entry.parameters)}"]
+    for name, weight in (("retain NLL", entry.retain.nll), ("retain KL", entry.retain.kl)):
+        if weight is not None:
+            terms.append(f"{compact(weight)} × {name}")
+    if entry.retain.nll is None and entry.retain.kl is None:
+        terms.append("retain terms as the method sets them")
+    tokens = "" if entry.tokens.by == "all" else f", forget loss on {entry.tokens.by} tokens"
+    tokens += f" (log-prob of {_named(entry.tokens.model)} below {compact(entry.tokens.threshold)})" if tokens else ""
+    tokens += f", training {listed(entry.trainable)}" if entry.trainable else ""
+    seed = f", seed {entry.seed}" if entry.seed is not None else ""
+    return f"{' + '.join(terms)}{tokens}; {_training(entry.train, entry.lora)}{seed}"
+
+
+def _named(model: str) -> str:
+    """A variant, hub id or alias as it is; of a path the last part: where it stands is nobody's business."""
+    return Path(model).name if Path(model).is_absolute() or model.startswith((".", "~")) else model
+
+
+def _parameters(parameters: Mapping[str, Any]) -> str:
+    inner = ", ".join(
+        f"{key} {compact(value) if isinstance(value, float) else value}" for key, value in parameters.items()
+    )
+    return f" ({inner})" if inner else ""
+
+
+def _training(train: TrainConfig, lora: LoraConfig | None) -> str:
+    length = plural(train.max_steps, "step") if train.max_steps else f"{compact(train.epochs)} epochs"
+    how = "full fine-tuning"
+    if lora is not None:
+        targets = lora.targets if isinstance(lora.targets, str) else listed(lora.targets)
+        how = f"LoRA rank {lora.rank} on {targets}"
+    return f"{how}, {length}, lr {compact(train.lr)}, batch {train.batch_size}, {train.precision}"
+
+
+def timings(record: RunRecord) -> list[Timing]:
+    """Stages in the order of the run."""
+    stages = mapping(record.info.get("stages"))
+    seconds = {name: _seconds(mapping(stage).get("seconds")) for name, stage in stages.items()}
+    longest = max((value for value in seconds.values() if value is not None), default=0.0) or 1.0
+    found = []
+    for name, value in seconds.items():
+        stage = mapping(stages[name])
+        status = str(stage.get("status") or "")
+        status = "taken from an earlier start" if stage.get("skipped") else "" if status == "done" else status
+        found.append(Timing(str(name), duration(value), (value or 0.0) / longest, status))
+    return found
+
+
+def total_time(record: RunRecord) -> str:
+    """Sum over the stages, or ""."""
+    stages = mapping(record.info.get("stages")).values()
+    known = [value for stage in stages if (value := _seconds(mapping(stage).get("seconds"))) is not None]
+    return duration(sum(known)) if known else ""
+
+
+def _seconds(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def data_rows(record: RunRecord) -> list[DataRow]:
+    """Splits with their digests."""
+    rows = []
+    for name, part in mapping(record.info.get("data")).items():
+        part = mapping(part)
+        count, cut = part.get("rows"), part.get("truncated")
+        shown = grouped(count) if isinstance(count, int) else "–"
+        truncated = grouped(cut) if isinstance(cut, int) else "–"
+        rows.append(DataRow(human(str(name)), record.role(str(name)), shown, truncated, short(part.get("digest"))))
+    return rows
+
+
+def model_rows(record: RunRecord) -> list[ModelRow]:
+    """Variants with where their weights are."""
+    rows = []
+    for name, part in mapping(record.info.get("models")).items():
+        part = mapping(part)
+        label = variant_label(record, str(name))
+        rows.append(ModelRow(label, _inside(record, str(part.get("source") or "–")), short(part.get("digest"))))
+    return rows
+
+
+def _inside(record: RunRecord, source: str) -> str:
+    """A path inside the run directory relative to it: where the directory stands is no part of the record."""
+    return source.removeprefix(f"{record.path.absolute()}/")
+
+
+def short(digest: Any) -> str:
+    """The first digits of a sha256; the whole stands in run.json."""
+    return str(digest)[:_DIGEST] if digest else "–"
+
+
+def environment(record: RunRecord) -> list[tuple[str, str]]:
+    """Hardware and versions as (name, value), nested parts in one line."""
+    return list(_flat(mapping(record.info.get("environment"))))
+
+
+def _flat(part: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in part.items():
+        if value is None or value == "" or value == {} or value == []:
+            continue
+        if isinstance(value, Mapping):
+            words = ", ".join(f"{name} {inner}" for name, inner in value.items() if inner not in (None, "", False))
+        elif isinstance(value, list):
+            words = ", ".join(map(str, value))
+        else:
+            words = "yes" if value is True else "no" if value is False else str(value)
+        if words:
+            yield human(str(key)), words[:2000]
+
+
+def notes(record: RunRecord) -> list[str]:
+    """Notes of the run, for instance on truncated rows."""
+    given = record.info.get("notes")
+    return [str(note)[:600] for note in given[:40]] if isinstance(given, list) else []
+
+
+def whole_files(record: RunRecord) -> list[tuple[str, str]]:
+    """The resolved recipe and run.json as text, cut where they are very long."""
+    files = [("recipe.resolved.yaml", record.recipe_text)] if record.recipe_text else []
+    if record.info:
+        files.append(("run.json", json.dumps(record.info, indent=2, ensure_ascii=False, default=str)))
+    return [(name, text if len(text) <= _WHOLE else f"{text[:_WHOLE]}\n… cut here") for name, text in files]
