@@ -1,0 +1,1 @@
+"""One file per merge method; streaming reader and writer."""

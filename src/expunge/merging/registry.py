@@ -1,0 +1,120 @@
+"""Merge methods by name: what each is, which parameters it takes, and how they are checked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from expunge.errors import UserError, did_you_mean
+from expunge.registry import Registry
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+# Every method has these: they act on the result, or on how the density is understood, so that the
+# method itself stays a function on the tensors of one parameter.
+_SCALE = Field(
+    1.0,
+    allow_inf_nan=False,
+    validation_alias=AliasChoices("scale", "lambda"),
+    description="factor on the merged difference before it is added to the base (λ)",
+)
+_SCOPE = Field(
+    "tensor",
+    description="what `density` is a part of: each tensor by itself, or the whole model under one threshold",
+)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge method: `function(deltas, weights, density, **parameters)` gives the merged delta of one parameter.
+
+    Deltas are float32 and not to be changed; the result is a fresh tensor of the same shape.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    summary: str
+    paper: str
+    needs_base: bool
+    trims: bool
+    parameters: type[BaseModel]
+
+    def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """`given` with defaults filled in. Raises UserError listing every unknown name and value out of range."""
+        try:
+            checked = self.parameters.model_validate(dict(given))
+        except ValidationError as error:
+            problems, hints = [], []
+            for item in error.errors():
+                place = ".".join(str(part) for part in item["loc"][:1])
+                if item["type"] == "extra_forbidden":
+                    problems.append(f"unknown parameter '{place}'")
+                    hints.append(did_you_mean(place, self.parameters.model_fields))
+                else:
+                    problems.append(f"{place}: {item['msg']} (not {item['input']!r})")
+            hint = "; ".join(hints) or f"see: expunge list merges {self.name}"
+            raise UserError(f"merge method {self.name}: {'; '.join(dict.fromkeys(problems))}", hint) from None
+        return checked.model_dump()
+
+    def describe(self) -> dict[str, str]:
+        """Label → text for `expunge list merges` and the docs; the first is the summary."""
+        rows = {"summary": self.summary, "paper": self.paper or "none"}
+        rows["base"] = "required" if self.needs_base else "optional for full checkpoints"
+        rows["density"] = "used" if self.trims else "not used"
+        for name, field in self.parameters.model_fields.items():
+            rows[f"parameter {name}"] = f"{_kind(field)}, default {_plain(field.default)}: {field.description or ''}"
+        return rows
+
+
+MERGES: Registry[Merge] = Registry("merge method", "expunge.merging")
+
+
+def merge(
+    name: str, *, summary: str, paper: str, needs_base: bool = True, trims: bool = False
+) -> Callable[[Method], Method]:
+    """Decorator that files a function under `name`; its keyword-only arguments become the method's parameters."""
+
+    def file(function: Method) -> Method:
+        hints = get_type_hints(function, include_extras=True)
+        fields: dict[str, Any] = {
+            parameter.name: (hints[parameter.name], parameter.default)
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+        if trims:
+            fields["scope"] = (Literal["tensor", "model"], _SCOPE)
+        fields["scale"] = (float, _SCALE)
+        # "lax" conversions (YAML's "1" for a float) are welcome, unknown names are not
+        settings = ConfigDict(extra="forbid", protected_namespaces=(), frozen=True)
+        model = create_model(f"{name}_parameters", __config__=settings, **fields)
+        MERGES.register(name)(Merge(name, function, summary, paper, needs_base, trims, model))
+        return function
+
+    return file
+
+
+def _kind(field: Any) -> str:
+    """The type of a field in words: `total | frequency`, `true | false`, `number > 0`."""
+    words = [_type_words(field.annotation)]
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    for limit in field.metadata:
+        words += [f"{sign} {getattr(limit, key):g}" for key, sign in signs.items() if hasattr(limit, key)]
+    return " ".join(words)
+
+
+def _type_words(kind: Any) -> str:
+    if get_origin(kind) is Annotated:
+        return _type_words(get_args(kind)[0])
+    if get_origin(kind) is Literal:
+        return " | ".join(_plain(value) for value in get_args(kind))
+    if get_args(kind):
+        return " | ".join(_type_words(part) for part in get_args(kind))
+    return {bool: "true | false", float: "number", int: "whole number", str: "text"}.get(kind, str(kind))
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
