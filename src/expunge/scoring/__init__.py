@@ -1,0 +1,1 @@
+"""The passes through the model, and the tables that they write."""
