@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training_rows import rows
 
 from expunge.data.collate import pad_right
 from expunge.errors import UserError
@@ -16,6 +15,7 @@ from expunge.methods.base import OBJECTIVES, build_objective
 from expunge.methods.step import Forward, Step, Totals
 from expunge.models.reference import ReferenceCache
 from expunge.models.tiny import build_tiny
+from training_rows import rows
 
 VOCABULARY, WIDTH = 11, 5
 FORGET, RETAIN = rows(3, seed=1, vocabulary=VOCABULARY), rows(2, seed=2, vocabulary=VOCABULARY)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from training_rows import rows, supervised
 
 from expunge.data.collate import pad_right
 from expunge.errors import UserError
@@ -22,6 +21,7 @@ from expunge.models.tiny import build_tiny
 from expunge.pipeline.plan import make_plan
 from expunge.pipeline.training import Job, train
 from expunge.recipe import LoraConfig, ModelConfig, TrainConfig
+from training_rows import rows, supervised
 
 TINY = ModelConfig(id="tiny")
 FORGET, RETAIN = rows(8, seed=1), rows(16, seed=2)

@@ -16,6 +16,7 @@ from expunge.metrics.base import evaluate_metrics
 from expunge.models.load import Loaded, load_model
 from expunge.pipeline.processes import process_rank
 from expunge.recipe import EvaluateConfig, ModelConfig
+from expunge.scoring.distributed import over_ranks
 from expunge.scoring.generate import generate
 from expunge.scoring.scores import score
 from expunge.scoring.tables import VALUES
@@ -80,7 +81,7 @@ def _write_tables(
     out.mkdir(parents=True, exist_ok=True)
     counts = {}
     for name, split in rows.items():
-        table = make(split)
+        table = over_ranks(split, make)
         if process_rank() == 0:
             pq.write_table(table.replace_schema_metadata(dict(metadata)), out / f"{name}.parquet")
         counts[name] = table.num_rows

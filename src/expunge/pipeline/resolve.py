@@ -14,12 +14,12 @@ from expunge.data.example import Splits
 from expunge.data.load import load_splits
 from expunge.data.template import resolve_template
 from expunge.errors import UserError
-from expunge.merging.registry import MERGES
+from expunge.merging.run import plan_merge
 from expunge.methods.base import Objective, build_objective
 from expunge.metrics.base import METRICS
 from expunge.models.load import load_tokenizer
 from expunge.pipeline.training import Job
-from expunge.recipe import ModelConfig, Recipe, UnlearnConfig
+from expunge.recipe import MergeConfig, ModelConfig, Recipe, UnlearnConfig
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def resolve(recipe: Recipe) -> Resolved:
     template = attempt(resolve_template, recipe.data.template, tokenizer) if tokenizer else None
     objectives = {entry.name: attempt(build_objective, entry.method, entry.parameters) for entry in recipe.unlearn}
     if recipe.merge is not None:
-        attempt(MERGES.get, recipe.merge.method)
+        attempt(_check_merge, recipe.merge, len(recipe.merge.models or recipe.unlearn))
     for name in recipe.evaluate.metrics or []:
         attempt(METRICS.get, name)
     for entry in recipe.unlearn if splits is not None else []:
@@ -131,6 +131,10 @@ def _check_retain(entry: UnlearnConfig, objective: Objective | None, has_retain:
             f"unlearn '{entry.name}': {what} needs retain rows, and there are none",
             "give them: --retain FILE, or data.retain in the recipe",
         )
+
+
+def _check_merge(merge: MergeConfig, count: int) -> None:
+    plan_merge(merge.method, count, merge.weights, merge.density, merge.parameters)
 
 
 def _raise_all(problems: Sequence[UserError]) -> None:
