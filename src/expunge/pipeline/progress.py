@@ -36,7 +36,8 @@ class Reporter:
             TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[note]}"),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        drawn = self.console.is_terminal or self.console.is_jupyter
+        with Progress(*columns, console=self.console, transient=True, disable=not drawn) as progress:
             task = progress.add_task(label, total=total, note="")
 
             def tick(count: int = 1, note: str | None = None) -> None:
