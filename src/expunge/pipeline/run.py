@@ -16,7 +16,7 @@ from expunge.pipeline.evaluate import measure, read_tables
 from expunge.pipeline.processes import barrier, process_rank
 from expunge.pipeline.progress import Reporter, quiet_libraries
 from expunge.pipeline.resolve import Resolved, resolve
-from expunge.pipeline.stages import Stages, Variant
+from expunge.pipeline.stages import SELECTOR, Stages, Variant
 from expunge.pipeline.training import Job
 from expunge.recipe import ModelConfig, Recipe, TokenSelection
 from expunge.report.build import build_report
@@ -69,11 +69,10 @@ def _execute(stages: Stages) -> list[Variant]:
     """Every model, then every pass; the variants in the order in which the report shows them."""
     resolved = stages.resolved
     variants = _models(stages)
-    rows = {split.name: resolved.rows[split.name] for split in resolved.splits}
     for variant in variants:
-        stages.scores(variant, rows)
+        stages.scores(variant, resolved.rows)
         if resolved.recipe.evaluate.generate is not None:
-            stages.generations(variant, rows)
+            stages.generations(variant, resolved.rows)
         stages.release(variant)
     return variants
 
@@ -94,7 +93,7 @@ def _models(stages: Stages) -> list[Variant]:
 
     def lacking(tokens: TokenSelection) -> Variant:
         known = {"original": given if recipe.prepare else None, "reference": reference}
-        return known.get(tokens.model) or stages.given("selector", ModelConfig(id=tokens.model))
+        return known.get(tokens.model) or stages.given(SELECTOR, ModelConfig(id=tokens.model))
 
     unlearned = []
     for entry in recipe.unlearn:

@@ -23,6 +23,10 @@ from expunge.runs.provenance import file_digest, folder_digest
 from expunge.runs.store import RunDirectory, StageResult
 
 
+#: Name of a model that only chooses tokens and is not evaluated.
+SELECTOR = "selector"
+
+
 @dataclass(frozen=True)
 class Variant:
     """A way to obtain a model: how to load it, and the digest of what it is made of."""
@@ -91,7 +95,11 @@ class Stages:
         selection = None
         if entry.tokens.by == "knowledge":
             variant = lacking(entry.tokens)
-            known = self.scores(variant, {"forget": self.resolved.rows["forget"]}, f"scores-before/{variant.name}")
+            if variant.name == SELECTOR:
+                known = self.scores(variant, {"forget": self.resolved.rows["forget"]}, f"selection/{entry.name}")
+            else:  # a variant that is evaluated anyway: its scores are made now and found later
+                known = self.scores(variant, self.resolved.rows)
+            self.release(variant)
             selection = knowledge_tokens(known.path / "forget.parquet", entry.tokens.threshold)
         job = unlearn_job(self.resolved, entry, model.config, selection)
         return self.trained(f"unlearn/{entry.name}", target, job, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,10 @@ def train(
     if rank == 0:
         trained: Any = trainer.accelerator.unwrap_model(trainer.model)
         save_model(trained.eval(), loaded.tokenizer, out, base=str(loaded.folder))
+        del trained
+    # a trainer and its model refer to each other: without this, the next stage's model would stand beside this one
+    del trainer, model, loaded
+    gc.collect()
     return out
 
 

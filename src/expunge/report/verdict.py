@@ -211,7 +211,9 @@ def outcome(record: RunRecord, forget: Verdict, keep: Verdict) -> str:
         first = f"The target hardly knew the forget rows, so these tests cannot show that the {name} has forgotten them"
     agree = (forget.answer == "yes") == (keep.answer == "yes")
     second = {
-        "yes": "keeps what it was to keep" if keep.is_firm else "seems to keep what it was to keep",
+        "yes": "keeps the rows that it was trained to keep"
+        if keep.is_firm
+        else "seems to keep the rows that it was trained to keep",
         "no": "has lost part of what it was to keep",
         "not shown": "may have lost part of what it was to keep",
         "not measured": "what it kept could not be measured",
@@ -237,5 +239,9 @@ def numbers_sentence(record: RunRecord, forget: Verdict, keep: Verdict) -> str:
         others += [f"{number(reference.value)} in a model that never saw them"] if reference else []
         sentences.append(words + (f", against {listed(others)}." if others else "."))
     if keep.value is not None:
-        sentences.append(f"On the retain rows {percent(keep.value)} of the target's is kept.")
+        words = f"On the retain rows {percent(keep.value)} of the target's is kept"
+        unseen = kept_unseen(record)
+        if unseen is not None and unseen.value is not None:
+            words += f"; on rows to keep that unlearning never saw, {percent(unseen.value)}"
+        sentences.append(words + ".")
     return " ".join(sentences)
