@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from scoring import tofu_like
 from torch import Tensor
 from torch.nn.functional import kl_div, logsigmoid
 
@@ -33,6 +32,7 @@ from expunge.models.load import load_model
 from expunge.models.lora import add_lora
 from expunge.models.reference import build_reference
 from expunge.recipe import LoraConfig, ModelConfig
+from scoring import tofu_like
 
 BETA, BATCH = 0.1, 8
 Loss = Callable[[int], Tensor]

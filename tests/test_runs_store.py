@@ -334,6 +334,8 @@ def test_a_library_that_hides_the_errno_is_seen_through_the_disk(tmp_path, monke
 
 def test_when_even_the_record_cannot_be_written_the_first_error_is_told(tmp_path, monkeypatch):
     def fills(folder: Path):
+        (folder / "checkpoint").mkdir()
+
         def full(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
 

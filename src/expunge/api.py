@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expunge.errors import UserError
-from expunge.recipe import EvaluateConfig, ModelConfig, Recipe, load_recipe
+from expunge.recipe import EvaluateConfig, ModelConfig, Recipe, load_recipe, parse_overrides
 
 if TYPE_CHECKING:
     from expunge.pipeline.run import RunResult
@@ -32,20 +32,22 @@ def run(
     recipe: RecipeLike, *, output: str | Path | None = None, overrides: Sequence[str] = (), quiet: bool = False
 ) -> RunResult:
     """Run a recipe (file, mapping or Recipe); what is done already is not done again. Raises UserError."""
+    loaded = _recipe(recipe, overrides)
+    place = _output(loaded, output)
     from expunge.pipeline.progress import Reporter
     from expunge.pipeline.run import execute
 
-    resolved = _recipe(recipe, overrides)
-    return execute(resolved, _output(resolved, output), Reporter(quiet=quiet))
+    return execute(loaded, place, Reporter(quiet=quiet))
 
 
 def plan(recipe: RecipeLike, *, output: str | Path | None = None, overrides: Sequence[str] = ()) -> Plan:
     """Check a recipe, its data, model and methods as `run` does, and say what would be done. Trains nothing."""
+    loaded = _recipe(recipe, overrides)
+    place = _output(loaded, output)
     from expunge.pipeline.outline import outline
     from expunge.pipeline.resolve import resolve
 
-    loaded = _recipe(recipe, overrides)
-    return Plan(loaded, tuple(outline(resolve(loaded), _output(loaded, output))))
+    return Plan(loaded, tuple(outline(resolve(loaded), place)))
 
 
 def demo(
@@ -96,30 +98,28 @@ def evaluate(
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Every metric of a model (and of a reference and a target beside it) on every split, as records."""
+    _check_eval_overrides(overrides)
+    rows = {"forget": forget, "retain": retain, "holdout": holdout, "template": template, "max_length": max_length}
+    given: dict[str, Any] = {"name": "eval", "model": model, "data": rows, "unlearn": [{}]}
+    if reference is not None:
+        given["reference"] = reference
+    recipe = load_recipe(given, overrides=overrides)
+    flags = {"trust_remote_code": recipe.model.trust_remote_code, "allow_pickle": recipe.model.allow_pickle}
+    beside = {
+        "target": None if target is None else ModelConfig(id=target),
+        "model": recipe.model,
+        "reference": recipe.reference,
+    }
     from expunge.pipeline.examine import examine
     from expunge.pipeline.progress import Reporter
 
-    variants = {"target": target, "model": model, "reference": reference}
-    given = {name: ModelConfig(id=value) for name, value in variants.items() if value is not None}
-    recipe = load_recipe(
-        {
-            "name": "eval",
-            "model": model,
-            "data": {
-                "forget": forget,
-                "retain": retain,
-                "holdout": holdout,
-                "template": template,
-                "max_length": max_length,
-            },
-            "unlearn": [{}],
-        },
-        overrides=overrides,
-    )
-    flags = {"trust_remote_code": recipe.model.trust_remote_code, "allow_pickle": recipe.model.allow_pickle}
-    configs = {name: config.model_copy(update=flags) for name, config in given.items()}
     return examine(
-        configs, recipe.data, recipe.evaluate, recipe.seed, Path(output) if output else None, Reporter(quiet=quiet)
+        {name: config.model_copy(update=flags) for name, config in beside.items() if config is not None},
+        recipe.data,
+        recipe.evaluate,
+        recipe.seed,
+        Path(output) if output else None,
+        Reporter(quiet=quiet),
     )
 
 
@@ -153,6 +153,16 @@ def _recipe(recipe: RecipeLike, overrides: Sequence[str]) -> Recipe:
     if isinstance(recipe, Recipe):
         return load_recipe(recipe.model_dump(mode="json"), overrides=overrides) if overrides else recipe
     return load_recipe(recipe, overrides=overrides)
+
+
+def _check_eval_overrides(overrides: Sequence[str]) -> None:
+    """Raises UserError for a field that an evaluation would silently ignore."""
+    for key in parse_overrides(overrides):
+        if key.partition(".")[0] in ("name", "prepare", "unlearn", "merge", "thresholds"):
+            raise UserError(
+                f"--set {key}: an evaluation has no use for it",
+                "it reads data.*, evaluate.*, model.*, reference.*, seed",
+            )
 
 
 def _output(recipe: Recipe, output: str | Path | None) -> Path:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from expunge.data.containers import SUFFIXES, Record
+from expunge.data.network import hub_answers
 from expunge.errors import UserError, did_you_mean
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -56,7 +58,8 @@ def _load(path: str, base: str, config: str | None, split: str | None) -> Any:
         if (Path(base) / "state.json").is_file() or (Path(base) / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(base)
         else:
-            loaded = datasets.load_dataset(base, name=config)
+            with _cache_alone(active=not Path(base).is_dir() and not hub_answers()):
+                loaded = datasets.load_dataset(base, name=config)
         if isinstance(loaded, dict):
             return loaded[_choose_split(path, base, config, split, list(loaded))]
         return loaded
@@ -70,10 +73,27 @@ def _load(path: str, base: str, config: str | None, split: str | None) -> Any:
             ) from error
         if configs and config is not None:
             raise UserError(f"{path}: the dataset has no config '{config}'", did_you_mean(config, configs)) from error
+        if not Path(base).is_dir() and not hub_answers():
+            raise UserError(
+                f"{path}: no such file, and the hub, where it may be a dataset, can't be reached", _load_hint(base)
+            ) from error
         raise UserError(f"{path}: {_reason(error)}", _load_hint(base)) from error
     finally:
         if shown:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def _cache_alone(active: bool) -> Iterator[None]:
+    """Within it, datasets takes what it has in its cache, instead of waiting for a hub that does not answer."""
+    import datasets
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or active
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _choose_split(path: str, base: str, config: str | None, split: str | None, names: list[str]) -> str:

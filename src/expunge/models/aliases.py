@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from expunge.data.network import hub_answers
 from expunge.errors import UserError
 
 logger = logging.getLogger("expunge.models")
@@ -78,10 +79,9 @@ def _make_smollm2(folder: Path) -> None:
 def _from_hub(folder: Path) -> str | None:
     """Copy the hub's snapshot to `folder`; the reason as text if the hub can't be reached."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.constants import is_offline_mode
 
-    if is_offline_mode():
-        return "offline mode"
+    if not hub_answers():
+        return "no answer"
     patterns = ["config.json", "generation_config.json", "model.safetensors", "*token*", "vocab.json", "merges.txt"]
     try:
         snapshot_download(HUB_ID, allow_patterns=patterns, local_dir=folder, etag_timeout=5)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from expunge.data.network import hub_answers
 from expunge.errors import UserError, did_you_mean
 from expunge.models.aliases import ALIASES, fetch_alias
+from expunge.models.files import adapter_base, check_weights, is_adapter, read_json
 from expunge.recipe import ModelConfig
 
 
@@ -32,7 +34,7 @@ def resolve_folder(name: str, revision: str | None = None) -> Path:
         return fetch_alias(name)
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        if not (path / "config.json").is_file() and not is_adapter(path):
             raise UserError(
                 f"{name} holds no model (no config.json)", "give the folder that contains config.json and the weights"
             )
@@ -53,12 +55,13 @@ def load_tokenizer(config: ModelConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder.parent, gguf_file=folder.name)
     else:
         source = folder
-        if (folder / "adapter_config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-            source = resolve_folder(_adapter_base(folder))
+        if is_adapter(folder) and not (folder / "tokenizer_config.json").is_file():
+            source = _base_folder(folder)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            _reject_remote_code(error, config)
+            if "trust_remote_code" in str(error):
+                raise _cannot_load(error, config) from None
             raise UserError(
                 f"{config.id} has no tokenizer that can be loaded",
                 "save one beside the weights: tokenizer.save_pretrained(folder)",
@@ -80,16 +83,11 @@ def load_model(config: ModelConfig) -> Loaded:
     if folder.suffix == ".gguf":
         model, _ = load_gguf(folder)
         model = model.to(dtype)
-    elif (folder / "adapter_config.json").is_file():
+    elif is_adapter(folder):
         model = _load_adapter(folder, config)
     else:
         model = _load_full(folder, config, dtype)
-    if model.get_input_embeddings().num_embeddings < len(tokenizer):
-        raise UserError(
-            f"{config.id}: the tokenizer has {len(tokenizer)} tokens, the model only "
-            f"{model.get_input_embeddings().num_embeddings}",
-            "the tokenizer belongs to another model; put the right one into the folder",
-        )
+    check_vocabulary(model, tokenizer, config.id)
     return Loaded(model.eval(), tokenizer, folder, _source(config.id, folder))
 
 
@@ -105,83 +103,120 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter instead of a whole model."""
-    return (folder / "adapter_config.json").is_file()
+def skeleton(config: ModelConfig) -> Any:
+    """The model as modules without weights (meta device), None for GGUF; for an adapter its base.
+
+    Raises UserError for all that can be seen wrong with a checkpoint before its weights are read.
+    """
+    folder = resolve_folder(config.id, config.revision)
+    if folder.suffix == ".gguf":
+        return None
+    check_weights(folder, config.id, config.allow_pickle)
+    if is_adapter(folder):
+        return skeleton(config.model_copy(update={"id": str(_base_folder(folder)), "revision": None}))
+    read_json(folder / "config.json")
+    try:
+        described = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(described, trust_remote_code=config.trust_remote_code)
+    except Exception as error:
+        raise _cannot_load(error, config) from None
+
+
+def check_vocabulary(model: Any, tokenizer: Any, label: str) -> None:
+    """Raises UserError if the tokenizer has tokens that the model does not know."""
+    known = model.get_input_embeddings().num_embeddings
+    if known < len(tokenizer):
+        raise UserError(
+            f"{label}: the tokenizer has {len(tokenizer)} tokens, the model only {known}",
+            "the tokenizer belongs to another model; put the right one into the folder",
+        )
 
 
 def _load_full(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
-    has_safe = any(folder.glob("*.safetensors"))
-    if not has_safe:
-        if not any(folder.glob("*.bin")) and not any(folder.glob("*.pt")):
-            raise UserError(f"{config.id} holds no weights", "expected model.safetensors in that folder")
-        if not config.allow_pickle:
-            raise UserError(
-                f"{config.id} has its weights as a pickle (.bin), which can run code when it is read",
-                "convert it to safetensors, or add --allow-pickle if you trust its origin",
-            )
+    safe = check_weights(folder, config.id, config.allow_pickle)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             trust_remote_code=config.trust_remote_code,
-            use_safetensors=has_safe,
+            use_safetensors=safe,
             attn_implementation="sdpa",
+            ignore_mismatched_sizes=True,  # reported, and refused here with the tensor's name
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        _reject_remote_code(error, config)
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{config.id} can't be loaded: {first}", "check the folder, e.g. with: expunge doctor"
-        ) from None
     except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise UserError(
-                f"{config.id}: a safetensors file is damaged ({error})", "fetch the checkpoint again"
-            ) from None
-        raise
+        raise _cannot_load(error, config) from error
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        raise UserError(
+            f"{config.id}: {name} is {tuple(stored)} in the file, but {tuple(wanted)} by config.json",
+            "weights and config.json belong to different models",
+        )
+    if report["missing_keys"]:
+        first, count = min(report["missing_keys"]), len(report["missing_keys"])
+        more = f" and {count - 1} more tensors" if count > 1 else ""
+        raise UserError(f"{config.id} lacks the weights of {first}{more}", "fetch or copy the checkpoint again")
+    return model
+
+
+def _cannot_load(error: Exception, config: ModelConfig) -> Exception:
+    """The sentence for what transformers refuses; the error itself if it is not about the checkpoint."""
+    if isinstance(error, UserError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return error
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"{config.id} needs code that comes with the checkpoint",
+            "read that code, then add --trust-remote-code (or model.trust_remote_code: true)",
+        )
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    first = lines[0].partition(". ")[0].rstrip(".")
+    return UserError(f"{config.id} can't be loaded: {first}", "check the folder, and the versions of: expunge doctor")
 
 
 def _load_adapter(folder: Path, config: ModelConfig) -> Any:
     from peft import PeftModel
 
-    base = load_model(config.model_copy(update={"id": _adapter_base(folder), "revision": None}))
-    return PeftModel.from_pretrained(base.model, str(folder))
+    check_weights(folder, config.id, config.allow_pickle)
+    base = load_model(config.model_copy(update={"id": str(_base_folder(folder)), "revision": None}))
+    try:
+        return PeftModel.from_pretrained(base.model, str(folder))
+    except Exception as error:
+        raise _cannot_load(error, config) from error
 
 
-def _adapter_base(folder: Path) -> str:
-    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
+def _base_folder(adapter: Path) -> Path:
+    base = adapter_base(adapter)
+    try:
+        return resolve_folder(base)
+    except UserError as error:
         raise UserError(
-            f"the adapter {folder} does not say what its base model is",
-            "set base_model_name_or_path in adapter_config.json",
-        )
-    return str(base)
+            f"the base of the adapter {adapter} is not there: {error.message}",
+            "set base_model_name_or_path in its adapter_config.json",
+        ) from None
 
 
+@cache  # one commit for a whole run, whatever happens on the hub meanwhile
 def _snapshot(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     ignore = ["*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot"]
+    online = hub_answers()
     try:
-        return Path(snapshot_download(name, revision=revision, ignore_patterns=ignore, etag_timeout=10))
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=ignore, local_files_only=not online))
     except Exception as error:  # hub errors have many types; for the user they are one sentence
+        if not online:
+            raise UserError(
+                f"{name} is neither a folder here nor in the cache, and the hub can't be reached",
+                f"check the spelling and the network; {_alias_hint(name)}",
+            ) from None
         raise UserError(
             f"no folder called {name} here, and the hub did not give it ({type(error).__name__})",
-            f"check the spelling, the network and, for gated models, `hf auth login`; {_alias_hint(name)}",
+            f"check the spelling and, for private or gated models, `hf auth login`; {_alias_hint(name)}",
         ) from None
 
 
 def _alias_hint(name: str) -> str:
     return "aliases: " + did_you_mean(name, ALIASES).removeprefix("valid: ")
-
-
-def _reject_remote_code(error: Exception, config: ModelConfig) -> None:
-    if "trust_remote_code" in str(error):
-        raise UserError(
-            f"{config.id} needs code that comes with the checkpoint",
-            "read that code, then add --trust-remote-code (or model.trust_remote_code: true)",
-        ) from None
 
 
 def _source(name: str, folder: Path) -> str:

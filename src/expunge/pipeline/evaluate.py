@@ -48,10 +48,10 @@ class LazyModel:
 def write_scores(model: LazyModel, rows: Rows, config: EvaluateConfig, out: Path, progress: Progress) -> dict[str, Any]:
     """The scoring pass: one parquet file per split."""
 
-    def one_split(split: Sequence[Encoded]) -> pa.Table:
-        return score(model.loaded.model, split, batch_size=config.batch_size, progress=progress)
+    def one_pass(chosen: Sequence[Encoded]) -> pa.Table:
+        return score(model.loaded.model, chosen, batch_size=config.batch_size, progress=progress)
 
-    return _write_tables(rows, out, one_split, {"dtype": config.dtype})
+    return _write_tables(rows, out, one_pass, {"dtype": config.dtype})
 
 
 def write_generations(
@@ -61,31 +61,36 @@ def write_generations(
     settings = config.generate
     assert settings is not None
 
-    def one_split(split: Sequence[Encoded]) -> pa.Table:
+    def one_pass(chosen: Sequence[Encoded]) -> pa.Table:
         loaded = model.loaded
         return generate(
             loaded.model,
             loaded.tokenizer,
-            split[: settings.limit],
+            chosen,
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
             progress=progress,
         )
 
-    return _write_tables(rows, out, one_split, {"dtype": config.dtype, "max_new_tokens": str(settings.max_new_tokens)})
+    limited = {name: split[: settings.limit] for name, split in rows.items()}
+    return _write_tables(
+        limited, out, one_pass, {"dtype": config.dtype, "max_new_tokens": str(settings.max_new_tokens)}
+    )
 
 
 def _write_tables(
     rows: Rows, out: Path, make: Callable[[Sequence[Encoded]], pa.Table], metadata: Mapping[str, str]
 ) -> dict[str, Any]:
+    """One pass over the rows of all splits together, so that batches are full; then a file per split."""
     out.mkdir(parents=True, exist_ok=True)
-    counts = {}
+    whole = over_ranks([row for split in rows.values() for row in split], make)
+    start = 0
     for name, split in rows.items():
-        table = over_ranks(split, make)
+        table = whole.slice(start, len(split)).replace_schema_metadata(dict(metadata))
+        start += len(split)
         if process_rank() == 0:
-            pq.write_table(table.replace_schema_metadata(dict(metadata)), out / f"{name}.parquet")
-        counts[name] = table.num_rows
-    return {"rows": counts}
+            pq.write_table(table, out / f"{name}.parquet")
+    return {"rows": {name: len(split) for name, split in rows.items()}}
 
 
 def measure(

@@ -17,7 +17,7 @@ from expunge.errors import UserError
 from expunge.merging.run import plan_merge
 from expunge.methods.base import Objective, build_objective
 from expunge.metrics.base import METRICS
-from expunge.models.load import load_tokenizer
+from expunge.pipeline.preflight import check_context, check_job, check_same_tokens, open_candidate
 from expunge.pipeline.training import Job
 from expunge.recipe import MergeConfig, ModelConfig, Recipe, UnlearnConfig
 
@@ -67,8 +67,11 @@ def resolve(recipe: Recipe) -> Resolved:
             return None
 
     splits = attempt(load_splits, recipe.data, recipe.seed)
-    tokenizer = attempt(load_tokenizer, recipe.model)
-    template = attempt(resolve_template, recipe.data.template, tokenizer) if tokenizer else None
+    model = attempt(open_candidate, recipe.model)
+    for role, config in _others(recipe) if model is not None else []:
+        attempt(check_same_tokens, model, config, role)
+    tokenizer = model.tokenizer if model is not None else None
+    template = attempt(resolve_template, recipe.data.template, tokenizer) if model is not None else None
     objectives = {entry.name: attempt(build_objective, entry.method, entry.parameters) for entry in recipe.unlearn}
     if recipe.merge is not None:
         attempt(_check_merge, recipe.merge, len(recipe.merge.models or recipe.unlearn))
@@ -79,8 +82,14 @@ def resolve(recipe: Recipe) -> Resolved:
     rows: dict[str, list[Encoded]] = {}
     for split in splits if splits is not None and template is not None else []:
         rows[split.name] = attempt(encode, split.examples, tokenizer, template, recipe.data.max_length) or []
+    if rows:
+        attempt(check_context, model, rows)
     _raise_all(problems)
-    return Resolved(recipe, splits, rows, objectives, tokenizer)
+    resolved = Resolved(recipe, splits, rows, objectives, tokenizer)
+    for job in _jobs(resolved):
+        attempt(check_job, job, recipe.model)
+    _raise_all(problems)
+    return resolved
 
 
 def retain_weights(entry: UnlearnConfig, objective: Objective, has_retain: bool) -> dict[str, float]:
@@ -119,6 +128,25 @@ def rows_digest(rows: Sequence[Encoded]) -> str:
         whole.update(np.array([len(row.input_ids), row.prompt_tokens, row.answer_tokens], dtype=np.int64).tobytes())
         whole.update(np.ascontiguousarray(row.input_ids, dtype=np.int32).tobytes())
     return whole.hexdigest()
+
+
+def _others(recipe: Recipe) -> list[tuple[str, ModelConfig]]:
+    """Models that are given beside the one to unlearn from."""
+    others = [("the reference", recipe.reference)] if recipe.reference is not None else []
+    for entry in recipe.unlearn:
+        if entry.tokens.by == "knowledge" and entry.tokens.model not in ("original", "reference"):
+            others.append((f"unlearn.{entry.name}.tokens.model", ModelConfig(id=entry.tokens.model)))
+    return others
+
+
+def _jobs(resolved: Resolved) -> list[Job]:
+    """Every training run of a recipe, with all rows where a selection is not made yet."""
+    recipe = resolved.recipe
+    jobs = [unlearn_job(resolved, entry, recipe.model, None) for entry in recipe.unlearn]
+    if recipe.prepare is not None:
+        rows = resolved.rows["forget"]
+        jobs.insert(0, Job(recipe.model, rows, recipe.prepare.train, recipe.seed, lora=recipe.prepare.lora))
+    return jobs
 
 
 def _check_retain(entry: UnlearnConfig, objective: Objective | None, has_retain: bool) -> None:

@@ -22,7 +22,6 @@ from expunge.recipe import ModelConfig, TokenSelection, UnlearnConfig
 from expunge.runs.provenance import file_digest, folder_digest
 from expunge.runs.store import RunDirectory, StageResult
 
-
 #: Name of a model that only chooses tokens and is not evaluated.
 SELECTOR = "selector"
 

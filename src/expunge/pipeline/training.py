@@ -97,6 +97,8 @@ def train(
     out = work / "out"
     if rank == 0:
         trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+        if job.objective is None and job.lora is not None:  # what was taught becomes a whole model to unlearn from
+            trained = trained.merge_and_unload()
         save_model(trained.eval(), loaded.tokenizer, out, base=str(loaded.folder))
         del trained
     # a trainer and its model refer to each other: without this, the next stage's model would stand beside this one
@@ -137,16 +139,13 @@ def _references(
     model: nn.Module, job: Job, plan: Plan, work: Path, rank: int, world: int, progress: Callable[[int], None]
 ) -> tuple[ReferenceCache, ReferenceCache]:
     """What the loss needs of the start model, for the rows that this process will see."""
+    check_terms(job)
     layer = job.objective.hidden_layer() if job.objective is not None else None
     needs_logprobs = job.objective is not None and job.objective.about.reference
     forget = build_reference(
         model, job.forget, plan.rows("forget", rank, world), logprobs=needs_logprobs, progress=progress
     )
     needs_kl = job.term_weights.get("kl", 0) > 0
-    if layer is not None and needs_kl:
-        raise UserError(
-            "a KL term and a hidden-state objective at once are not supported", "use --set unlearn.0.retain.kl=0"
-        )
     retain = build_reference(
         model,
         job.retain,
@@ -157,6 +156,15 @@ def _references(
         progress=progress,
     )
     return forget, retain
+
+
+def check_terms(job: Job) -> None:
+    """Raises UserError for loss terms that can't be combined."""
+    hidden = job.objective is not None and job.objective.hidden_layer() is not None
+    if hidden and job.term_weights.get("kl", 0) > 0:
+        raise UserError(
+            "a KL term and a hidden-state objective at once are not supported", "use --set unlearn.0.retain.kl=0"
+        )
 
 
 def _last_checkpoint(folder: Path) -> str | None:

@@ -47,7 +47,7 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
     parsed: dict[str, Any] = {}
     for item in items:
         key, equals, value = item.partition("=")
-        if not equals or not key.strip():
+        if not equals or not all(part.strip() for part in key.split(".")):
             raise UserError(
                 f"--set '{item}' is not of the form a.b=value", "for instance: --set unlearn.0.train.lr=1e-5"
             )
@@ -91,15 +91,25 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not valid YAML"
-        raise UserError(f"{path}{line}: {problem}", "check indentation and quotes around that line") from None
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not valid YAML"
+        raise UserError(f"{path}{line}: {problem}", "check keys, indentation and quotes around that line") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds no recipe", "a recipe is a YAML mapping; see: expunge init")
     return loaded
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-5` as text; here it is a number."""
+    """YAML 1.1 reads `1e-5` as text, here it is a number; and a key that stands twice is an error, not the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node whose keys differ."""
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"):
+            if key.value in seen:
+                again = f"the key '{key.value}' stands here a second time"
+                raise yaml.constructor.ConstructorError(None, None, again, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
 
 
 _Loader.add_implicit_resolver(

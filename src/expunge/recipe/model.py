@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Density = Annotated[float, Field(gt=0, le=1)]
 DType = Literal["float32", "bfloat16", "float16"]
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"'{pattern}' is not a regular expression: {error}") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
 
 
 class Frozen(BaseModel):
@@ -101,7 +113,7 @@ class TrainConfig(Frozen):
 
     epochs: Positive = Field(5.0, description="passes over the forget rows (unlearn) or over all rows (prepare)")
     max_steps: int | None = Field(None, gt=0, description="stop after this many optimizer steps")
-    lr: Positive = 1e-5
+    lr: Positive = Field(1e-5, description="learning rate; 1e-4 when adapters are trained and none is given")
     batch_size: int = Field(8, gt=0, description="forget rows (unlearn) or rows (prepare) of one optimizer step")
     accumulation: int = Field(1, gt=0, description="micro-batches that one optimizer step is split into")
     weight_decay: NonNegative = 0.01
@@ -149,12 +161,22 @@ class UnlearnConfig(Frozen):
     retain: RetainTerms = RetainTerms()
     retain_batch: int | None = Field(None, gt=0, description="retain rows of one step; as many as forget when absent")
     tokens: Annotated[TokenSelection, BeforeValidator(_tokens_from_string)] = TokenSelection()
-    trainable: list[str] | None = Field(
+    trainable: list[Pattern] | None = Field(
         None, description="patterns of parameter names to train; the objective's own when absent"
     )
     lora: Lora | None = None
     train: TrainConfig = TrainConfig()
     seed: int | None = Field(None, description="the recipe's seed when absent")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_adapters(cls, data: Any) -> Any:
+        """Adapters start at zero and need a higher rate than weights: 1e-4, as in the published LoRA runs."""
+        if isinstance(data, dict) and data.get("lora") is not None:
+            train = data.get("train") or {}
+            if isinstance(train, dict) and "lr" not in train:
+                return {**data, "train": {**train, "lr": 1e-4}}
+        return data
 
 
 class MergeConfig(Frozen):

@@ -112,7 +112,8 @@ def _means_full(error: BaseException, folder: Path) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     # torch's zip writer says "unexpected pos" and loses the errno; what the disk says is then the only witness
-    return isinstance(error, RuntimeError | OSError) and 0 <= _free(folder) < _NEARLY_NOTHING
+    silent = isinstance(error, RuntimeError) or (isinstance(error, OSError) and error.errno is None)
+    return silent and 0 <= _free(folder) < _NEARLY_NOTHING
 
 
 def _free(folder: Path) -> int:

@@ -52,6 +52,8 @@ class RunDirectory:
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
         self.path = Path(path)
+        self._new = not (self.path / record.NAME).exists()
+        self._made = not self.path.exists()
         _claim(self.path)
         self._lock = FolderLock(self.path)
         try:
@@ -221,8 +223,25 @@ class RunDirectory:
             elif error is not None:
                 with suppress(UserError, OSError):
                     self.finish(_status_of(error), error)
+                if isinstance(error, UserError) and self._new and self._nothing_done():
+                    self._withdraw()
         finally:
             self.close()
+
+    def _nothing_done(self) -> bool:
+        """Whether this run has neither a product nor a beginning of one."""
+        if any((self.path / entry["target"]).exists() for entry in self._record.data.get("stages", {}).values()):
+            return False
+        return not any(any(folder.iterdir()) for folder in (self.path / WORK).glob("*"))
+
+    def _withdraw(self) -> None:
+        """A mistake that stopped a new run before it made anything leaves no folder behind."""
+        shutil.rmtree(self.path / WORK, ignore_errors=True)
+        with suppress(OSError):
+            for name in (record.NAME, "events.jsonl", "recipe.resolved.yaml", LOCK):
+                (self.path / name).unlink(missing_ok=True)
+            if self._made:
+                self.path.rmdir()
 
 
 def _claim(path: Path) -> None:

@@ -1,0 +1,69 @@
+"""A folder that one command writes in one go: refused if it holds something else, and there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from expunge.errors import UserError
+from expunge.runs.atomic import disk_errors, publish, sync_tree, write_json
+from expunge.runs.lock import NAME as LOCK
+from expunge.runs.lock import FolderLock
+
+_ELSEWHERE = "choose a new or empty folder with -o"
+
+
+def check_output(output: Path, record: str) -> None:
+    """Raises UserError if `output` is a file, or a folder that holds anything but what an earlier `record` lists."""
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise UserError(f"{output} is a file, not a folder", "choose another folder with -o")
+    if not output.is_dir():
+        return
+    present = {entry.name for entry in output.iterdir()}
+    foreign = sorted(present - _listed(output / record))
+    if foreign:
+        raise UserError(f"{output} holds something else ({foreign[0]})", _ELSEWHERE)
+
+
+@contextmanager
+def whole_folder(output: Path, record: str, about: Mapping[str, Any]) -> Iterator[Path]:
+    """A work folder beside `output` that takes its place at the end, with `about` in the file `record`.
+
+    Raises UserError for a place that is taken or can't be written, and for a full disk; then nothing is left.
+    """
+    check_output(output, record)
+    output = Path(os.path.abspath(output))
+    work = output.with_name(f".{output.name}.partial")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output} can't be made: {error.strerror}", "choose another folder with -o") from None
+    lock = FolderLock(work)
+    try:
+        with disk_errors(output.parent):
+            for left_over in work.iterdir():  # of a killed process
+                if left_over.name != LOCK:
+                    shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+            yield work
+            entries = sorted({record, *(entry.name for entry in work.iterdir() if entry.name != LOCK)})
+            write_json(work / record, {**about, "entries": entries})
+            lock.release()
+            (work / LOCK).unlink()
+            sync_tree(work)
+            publish(work, output, output.with_name(f".{output.name}.replaced-{os.getpid()}"))
+    finally:
+        lock.release()
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _listed(record: Path) -> set[str]:
+    try:
+        entries = json.loads(record.read_text(encoding="utf-8"))["entries"]
+        return {str(entry) for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
