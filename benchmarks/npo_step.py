@@ -27,9 +27,9 @@ from expunge.data.encode import Encoded, encode
 from expunge.data.template import PLAIN, resolve_template
 from expunge.methods.base import build_objective
 from expunge.methods.step import Forward, Step, Totals
-from expunge.models.forward import supports_packing
 from expunge.models.load import load_model
 from expunge.models.lora import add_lora
+from expunge.models.packing import supports_packing
 from expunge.models.reference import build_reference
 from expunge.recipe import LoraConfig, ModelConfig
 from scoring import tofu_like

@@ -15,8 +15,9 @@ from expunge.data.collate import pad_right
 from expunge.errors import UserError
 from expunge.methods.base import OBJECTIVES, build_objective
 from expunge.methods.step import Forward
-from expunge.models.forward import hidden_states, packing_pays, supports_packing
+from expunge.models.forward import hidden_states
 from expunge.models.load import load_model
+from expunge.models.packing import pack_rows, supports_packing
 from expunge.models.tiny import build_tiny
 from expunge.pipeline.plan import make_plan
 from expunge.pipeline.training import Job, train
@@ -117,7 +118,9 @@ def test_packed_rows_give_the_logits_of_padded_rows() -> None:
     assert supports_packing(model)
     uneven = sorted(rows(6, seed=4, shortest=6, longest=60), key=lambda row: len(row.input_ids))
     batch = pad_right(uneven, range(6), 0)
-    assert packing_pays(batch.attention_mask.bool(), 128)
+    lines = pack_rows(batch.input_ids, batch.attention_mask.bool(), 128)
+    assert lines is not None
+    assert 1 < len(lines.input_ids) < 6, "several lines, each of several rows"
     packed, padded = (Forward(model, batch, 1, True, packs) for packs in (True, False))
     torch.testing.assert_close(packed.logits, padded.logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(packed.hidden, padded.hidden, rtol=1e-4, atol=1e-4)

@@ -14,12 +14,12 @@ from expunge.data.collate import Batch
 from expunge.models.forward import (
     capture_layer,
     log_softmax_at,
-    pack,
-    packing_pays,
+    pick_positions,
     supervised_head,
     truncated,
     unwrap,
 )
+from expunge.models.packing import pack_rows
 from expunge.models.reference import ReferenceCache
 
 #: Positions whose [n, V] logits are turned into a KL term at once; bounds the memory that the term adds.
@@ -51,26 +51,29 @@ class Forward:
         """Logits [N, V] (N = 0 if none are needed) and the hidden states [N, d] at the supervised positions."""
         sink: list[Tensor] = []
         inputs, supervised = self._inputs()
-        mask = supervised if self.with_logits else torch.zeros_like(supervised)
+        wanted = supervised if self.with_logits else supervised[:0]
         with ExitStack() as stack:
-            stack.enter_context(supervised_head(self.model, mask))
+            stack.enter_context(supervised_head(self.model, wanted))
             if self.hidden_layer is not None:
                 stack.enter_context(capture_layer(self.model, self.hidden_layer, sink))
                 if not self.with_logits:
                     stack.enter_context(truncated(self.model, self.hidden_layer))
             logits = self.model(**inputs, use_cache=False).logits[0]
-        hidden = sink[0][supervised] if sink else None
+        hidden = pick_positions(sink[0], supervised) if sink else None
         return logits, hidden
 
-    def _inputs(self) -> tuple[dict[str, Tensor], Bool[Tensor, "B L"]]:
-        """What the model is given, and the supervised positions in it: packed where that is cheaper."""
+    def _inputs(self) -> tuple[dict[str, Tensor], Int[Tensor, " N"]]:
+        """What the model is given, and the flat positions in it whose logits predict the supervised tokens."""
         batch = self.batch
         present = batch.attention_mask.bool()
-        if self.packs and packing_pays(present, unwrap(self.model).config.get_text_config().hidden_size):  # type: ignore[union-attr, operator]
-            input_ids, positions = pack(batch.input_ids, present)
-            return {"input_ids": input_ids, "position_ids": positions}, batch.supervised[present].unsqueeze(0)
+        config = unwrap(self.model).config
+        width = config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+        lines = pack_rows(batch.input_ids, present, width) if self.packs else None
+        if lines is not None:
+            given = {"input_ids": lines.input_ids, "position_ids": lines.position_ids}
+            return given, lines.place[batch.supervised[present]]
         # rows are padded on the right and attention is causal, so no real position ever sees padding
-        return {"input_ids": batch.input_ids}, batch.supervised
+        return {"input_ids": batch.input_ids}, batch.supervised.flatten().nonzero()[:, 0]
 
     @property
     def logits(self) -> Float[Tensor, "N V"]:

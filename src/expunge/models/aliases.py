@@ -16,6 +16,7 @@ from pathlib import Path
 
 from expunge.data.network import hub_answers
 from expunge.errors import UserError
+from expunge.runs.atomic import disk_errors
 
 logger = logging.getLogger("expunge.models")
 
@@ -50,11 +51,18 @@ def fetch_alias(name: str) -> Path:
     folder = alias_folder(name)
     if (folder / "config.json").is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(
+            f"the cache {folder.parent} can't be written: {error.strerror}",
+            "set EXPUNGE_CACHE to a folder that you can write to",
+        ) from None
     try:
         makers: dict[str, Callable[[Path], None]] = {"tiny": _make_tiny, "smollm2-135m": _make_smollm2}
-        makers[name](work)
+        with disk_errors(folder.parent):
+            makers[name](work)
         if not folder.exists():  # another process may have been faster
             os.replace(work, folder)
     finally:

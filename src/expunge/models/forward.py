@@ -20,8 +20,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def supervised_head(model: nn.Module, mask: Bool[Tensor, "B L"]) -> Iterator[None]:
-    """Within it, `model(...).logits` is [1, N, V]: the N True positions of `mask`, in row-major order.
+def supervised_head(model: nn.Module, where: Bool[Tensor, "B L"] | Int[Tensor, " N"]) -> Iterator[None]:
+    """Within it, `model(...).logits` is [1, N, V]: the True positions, row by row, or the given flat positions.
 
     A pre-hook on the output embedding picks the positions, so whatever the architecture does after its head
     (soft capping, scaling) still happens, and wrappers such as DDP see an ordinary forward.
@@ -29,14 +29,21 @@ def supervised_head(model: nn.Module, mask: Bool[Tensor, "B L"]) -> Iterator[Non
     head = unwrap(model).get_output_embeddings()  # type: ignore[operator]
 
     def pick(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = args[0]
-        return (hidden[mask.to(hidden.device)].unsqueeze(0), *args[1:])
+        return (pick_positions(args[0], where).unsqueeze(0), *args[1:])
 
     handle = head.register_forward_pre_hook(pick)
     try:
         yield
     finally:
         handle.remove()
+
+
+def pick_positions(
+    hidden: Float[Tensor, "B L d"], where: Bool[Tensor, "B L"] | Int[Tensor, " N"]
+) -> Float[Tensor, "N d"]:
+    """The vectors at the True positions, row by row, or at the given flat positions."""
+    where = where.to(hidden.device)
+    return hidden[where] if where.dtype == torch.bool else hidden.flatten(0, 1)[where]
 
 
 @contextmanager
@@ -104,38 +111,6 @@ def hidden_states(model: nn.Module, layer: int, input_ids: Int[Tensor, "B L"]) -
     with capture_layer(model, layer, sink), truncated(model, layer), supervised_head(model, nowhere):
         model(input_ids=input_ids, use_cache=False)
     return sink[0]
-
-
-def packing_pays(present: Bool[Tensor, "B L"], width: int) -> bool:
-    """Whether rows laid end to end cost less than padded ones; attention over T tokens costs T / 6d of the matmuls."""
-    batch, length = present.shape
-    total = int(present.sum())
-    return total * (6 * width + total) < 0.95 * batch * length * (6 * width + length)
-
-
-def pack(input_ids: Int[Tensor, "B L"], present: Bool[Tensor, "B L"]) -> tuple[Int[Tensor, "1 T"], Int[Tensor, "1 T"]]:
-    """Rows end to end without padding, and their position ids, which start again at each row."""
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    return input_ids[present].unsqueeze(0), positions[present].unsqueeze(0)
-
-
-@torch.no_grad()
-def supports_packing(model: nn.Module) -> bool:
-    """Whether restarting position ids keep packed rows apart in this architecture: tried on two short rows."""
-    device = next(model.parameters()).device
-    ids = torch.arange(1, 8, device=device).unsqueeze(0)
-    present = torch.tensor([[True] * 3 + [False], [True] * 4], device=device)
-    rows = torch.zeros(2, 4, dtype=torch.long, device=device)
-    rows[present] = ids[0]
-    packed, positions = pack(rows, present)
-    try:
-        together = model(input_ids=packed, position_ids=positions, use_cache=False).logits[0]
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    apart = model(input_ids=rows, use_cache=False).logits[present]
-    if not torch.isfinite(apart).all():  # broken weights: the first step says so
-        return False
-    return bool(torch.allclose(together.float(), apart.float(), rtol=1e-2, atol=1e-2 * float(apart.abs().max())))
 
 
 def log_softmax_at(logits: Float[Tensor, "N V"], targets: Tensor) -> Float[Tensor, " N"]:

@@ -52,7 +52,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """The tokenizer of a model. Raises UserError if the model comes without one."""
     folder = resolve_folder(config.id, config.revision)
     if folder.suffix == ".gguf":
-        tokenizer = AutoTokenizer.from_pretrained(folder.parent, gguf_file=folder.name)
+        tokenizer = _gguf_part(AutoTokenizer, folder)
     else:
         source = folder
         if is_adapter(folder) and not (folder / "tokenizer_config.json").is_file():
@@ -93,14 +93,20 @@ def load_model(config: ModelConfig) -> Loaded:
 
 def load_gguf(path: Path) -> tuple[Any, Any]:
     """A GGUF file, dequantised to float32, as an ordinary model that can be trained and saved."""
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model, tokenizer = _gguf_part(AutoModelForCausalLM, path, dtype=torch.float32), _gguf_part(AutoTokenizer, path)
     # dequantised weights are plain weights; what remains of the quantizer makes save_pretrained refuse
     for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(holder, name):
             delattr(holder, name)
     model.is_quantized = False
     return model, tokenizer
+
+
+def _gguf_part(kind: Any, path: Path, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(path.parent, gguf_file=path.name, **options)
+    except Exception as error:
+        raise _cannot_load(error, ModelConfig(id=str(path))) from error
 
 
 def skeleton(config: ModelConfig) -> Any:

@@ -19,7 +19,7 @@ from expunge.pipeline.preflight import Candidate, check_context, open_candidate,
 from expunge.pipeline.processes import process_rank
 from expunge.pipeline.progress import Reporter, quiet_libraries
 from expunge.recipe import DataConfig, EvaluateConfig, ModelConfig
-from expunge.runs.atomic import write_json
+from expunge.runs.atomic import disk_errors, write_json
 from expunge.runs.output import check_output, whole_folder
 
 RECORD = "evaluation.json"
@@ -48,6 +48,7 @@ def examine(
             folder = stack.enter_context(whole_folder(output, RECORD, {**about, "evaluate": config, "seed": seed}))
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="expunge-")))
+        stack.enter_context(disk_errors(folder))
         for name, candidate in candidates.items():
             _write_passes(name, candidate, splits, data, config, folder, reporter)
 

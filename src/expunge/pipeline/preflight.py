@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expunge.data.encode import Encoded
 from expunge.errors import UserError
 from expunge.models.files import is_adapter
 from expunge.models.load import check_vocabulary, load_tokenizer, resolve_folder, skeleton
 from expunge.pipeline.processes import process_count
-from expunge.pipeline.training import Job, check_terms, prepare_parameters
 from expunge.recipe import ModelConfig
+
+if TYPE_CHECKING:
+    from expunge.pipeline.training import Job
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ def check_context(model: Candidate, rows: Mapping[str, Sequence[Encoded]]) -> No
 
 def check_job(job: Job, start: ModelConfig) -> None:
     """Raises UserError for what would stop a training run at its first step; `start` has the architecture."""
+    from expunge.pipeline.training import check_terms, prepare_parameters
+
     job.plan(process_count())
     folder = resolve_folder(start.id, start.revision)
     if folder.is_dir() and is_adapter(folder):

@@ -51,7 +51,7 @@ class Reporter:
     def line(self, text: str) -> None:
         """One line that stays."""
         if not self.quiet:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def quiet_libraries() -> None:

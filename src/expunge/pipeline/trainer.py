@@ -19,7 +19,7 @@ from expunge.data.encode import Encoded
 from expunge.errors import UserError
 from expunge.methods.base import Objective
 from expunge.methods.step import Forward, Step
-from expunge.models.forward import supports_packing
+from expunge.models.packing import supports_packing
 from expunge.models.reference import ReferenceCache
 from expunge.pipeline.plan import MicroBatch, Plan
 from expunge.recipe import TrainConfig

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from expunge.pipeline.plan import Plan, make_plan
 from expunge.pipeline.processes import process_count, process_rank
 from expunge.pipeline.trainer import MicroBatches, OnStep, UnlearnTrainer, training_arguments
 from expunge.recipe import LoraConfig, ModelConfig, TrainConfig
+from expunge.runs.atomic import disk_errors
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,13 @@ def train(
         retain_cache=retain_cache,
         on_step=on_step,
     )
-    trainer.train(resume_from_checkpoint=_last_checkpoint(work / "checkpoints"))
+    try:
+        with disk_errors(work):
+            trainer.train(resume_from_checkpoint=_last_checkpoint(work / "checkpoints"))
+    except Exception:
+        if rank == 0:
+            _remove_half_checkpoints(work / "checkpoints")  # what a full disk left takes the room of the next try
+        raise
     out = work / "out"
     if rank == 0:
         trained: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -169,5 +178,19 @@ def check_terms(job: Job) -> None:
 
 def _last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written whole, if any."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    found = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
     return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
+
+
+def _remove_half_checkpoints(folder: Path) -> None:
+    for path in folder.glob("checkpoint-*"):
+        if not _is_whole(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the trainer's state is there, which is written last."""
+    try:
+        return isinstance(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False

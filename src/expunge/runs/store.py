@@ -58,7 +58,9 @@ class RunDirectory:
         self._lock = FolderLock(self.path)
         try:
             self._open(recipe)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, UserError) and self._new:
+                self._withdraw()
             self._lock.release()
             raise
 
