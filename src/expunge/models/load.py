@@ -15,6 +15,7 @@ from expunge.data.network import hub_answers
 from expunge.errors import UserError, did_you_mean
 from expunge.models.aliases import ALIASES, fetch_alias
 from expunge.models.files import adapter_base, check_weights, is_adapter, read_json
+from expunge.models.gguf import gguf_tokenizer, load_gguf
 from expunge.recipe import ModelConfig
 
 
@@ -52,7 +53,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """The tokenizer of a model. Raises UserError if the model comes without one."""
     folder = resolve_folder(config.id, config.revision)
     if folder.suffix == ".gguf":
-        tokenizer = _gguf_part(AutoTokenizer, folder)
+        tokenizer = gguf_tokenizer(folder)
     else:
         source = folder
         if is_adapter(folder) and not (folder / "tokenizer_config.json").is_file():
@@ -89,24 +90,6 @@ def load_model(config: ModelConfig) -> Loaded:
         model = _load_full(folder, config, dtype)
     check_vocabulary(model, tokenizer, config.id)
     return Loaded(model.eval(), tokenizer, folder, _source(config.id, folder))
-
-
-def load_gguf(path: Path) -> tuple[Any, Any]:
-    """A GGUF file, dequantised to float32, as an ordinary model that can be trained and saved."""
-    model, tokenizer = _gguf_part(AutoModelForCausalLM, path, dtype=torch.float32), _gguf_part(AutoTokenizer, path)
-    # dequantised weights are plain weights; what remains of the quantizer makes save_pretrained refuse
-    for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
-        if hasattr(holder, name):
-            delattr(holder, name)
-    model.is_quantized = False
-    return model, tokenizer
-
-
-def _gguf_part(kind: Any, path: Path, **options: Any) -> Any:
-    try:
-        return kind.from_pretrained(path.parent, gguf_file=path.name, **options)
-    except Exception as error:
-        raise _cannot_load(error, ModelConfig(id=str(path))) from error
 
 
 def skeleton(config: ModelConfig) -> Any:
