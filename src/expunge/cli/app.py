@@ -71,9 +71,9 @@ def options(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 done, 1 a bug of ours, 2 user error, 130 interrupted, 143 terminated."""
-    # set before torch starts its threads: by default they spin while they wait, and beside another busy process
-    # on the same cores a step then takes ten times as long
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # set before torch starts its threads: by default they spin for long while they wait, and beside another busy
+    # process on the same cores a step then takes up to ten times as long; a short spin costs nothing when alone
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(app)
     context: Any = None

@@ -17,7 +17,7 @@ _START: dict[str, Any] = {
     "name": "my-run",
     "model": "smollm2-135m",
     "data": {"forget": "forget.jsonl", "retain": "retain.jsonl"},
-    "unlearn": [{"name": "unlearned", "lora": 16}],
+    "unlearn": [{"name": "unlearned", "lora": 16, "train": {"lr": 1e-4}}],
 }
 #: Values for fields that are absent by default, so that deleting the "# " before them leaves something that works.
 _EXAMPLES: dict[str, Any] = {
