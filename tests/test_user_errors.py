@@ -107,7 +107,7 @@ CASES: dict[str, tuple[str, str, str]] = {
         "unlearn.unlearned.tokens.model other-tokens has another tokenizer",
         "same tokenizer",
     ),
-    "broken GGUF": (U + "--model bad.gguf", "bad.gguf can't be read as GGUF", "doctor"),
+    "broken GGUF": (U + "--model bad.gguf", "bad.gguf can't be read as GGUF", "fetch the file again"),
     "no such reference": (U + "--model tiny --reference ./gone", "no model at ./gone", "alias"),
     "bare name": (U + "--model tini", "no model at tini", "did you mean 'tiny'?"),
     "rows as a model": (U + "--model f.jsonl", "f.jsonl is a file, not a model folder", "checkpoint"),
