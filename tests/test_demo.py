@@ -140,10 +140,12 @@ def test_two_processes_give_the_losses_and_scores_of_one(tmp_path: Path) -> None
     for name, folder in folders.items():
         done = expunge("demo", "--tiny", "-o", str(folder), *sets, launcher=launcher if name == "two" else ())
         assert done.returncode == 0, done.stderr[-3000:]
+    stages_of_unlearning = ["unlearn/over"] * 4 + ["unlearn/under"] * 4
     curves: dict[str, list[dict[str, Any]]] = {}
     for name, folder in folders.items():
         events = [e for e in read_events(folder / "events.jsonl") if e["event"] == "train"]
-        curves[name] = [{k: v for k, v in event.items() if k != "time"} for event in events]
+        assert [e["stage"] for e in events] == ["prepare/target"] * 6 + ["prepare/reference"] * 6 + stages_of_unlearning
+        curves[name] = [{k: v for k, v in e.items() if k not in ("time", "event", "stage")} for e in events]
     assert len(curves["one"]) == len(curves["two"]) == 6 + 6 + 4 + 4
     for left, right in zip(curves["one"], curves["two"], strict=True):
         assert left == pytest.approx(right, rel=1e-4, abs=1e-4)
