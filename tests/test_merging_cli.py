@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -15,20 +14,9 @@ from merging_models import (
     llama,
     save,
     weights,
-    write_three,
 )
 
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch):
-    """Nobody pulls the plug here: waiting for the disk only costs time."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-@pytest.fixture
-def three(tmp_path):
-    """A base and two specialists in `base`, `a` and `b`."""
-    return write_three(tmp_path)
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 # ---------------------------------------------------------------- the command

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expunge.errors import UserError
-from expunge.recipe import EvaluateConfig, ModelConfig, Recipe, load_recipe, parse_overrides
+from expunge.recipe import ModelConfig, Recipe, load_recipe, parse_overrides
 
 if TYPE_CHECKING:
     from expunge.pipeline.run import RunResult
@@ -172,4 +172,4 @@ def _output(recipe: Recipe, output: str | Path | None) -> Path:
     return path
 
 
-__all__ = ["EvaluateConfig", "Plan", "demo", "evaluate", "merge", "plan", "run", "unlearn"]
+__all__ = ["Plan", "demo", "evaluate", "merge", "plan", "run", "unlearn"]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from expunge.errors import UserError
 from expunge.merging.checkpoint import Checkpoint, TensorInfo, is_embedding, read_header, read_json
+from expunge.models.files import ADAPTER_CONFIG
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 _FACTOR = re.compile(
@@ -71,7 +71,7 @@ class Adapter:
         """Read config and header. Raises UserError for what is missing, damaged or can't be merged exactly."""
         self.folder = folder
         self.label = label or str(folder)
-        self.config = read_json(folder / CONFIG, f"{self.label} holds no adapter (no {CONFIG})")
+        self.config = read_json(folder / ADAPTER_CONFIG, f"{self.label} holds no adapter (no {ADAPTER_CONFIG})")
         _refuse_variants(self.config, self.label)
         if not (folder / WEIGHTS).is_file() and any(folder.glob("*.bin")):
             raise UserError(
@@ -146,7 +146,7 @@ class Adapter:
         if rank != a.shape[0]:
             raise UserError(
                 f"{self.label}: {module} has rank {a.shape[0]}, its config says {rank}",
-                f"config and weights do not belong together; check {self.folder / CONFIG}",
+                f"config and weights do not belong together; check {self.folder / ADAPTER_CONFIG}",
             )
         alpha = float(_by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8)))
         scaling = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
@@ -186,11 +186,6 @@ class Adapter:
                 raise _tied(name, base, self.label)
             raise UserError(f"{self.label} holds {name}, changed from {base.label}", _FOLD)
         raise UserError(f"{self.label} holds {key}, which is no LoRA factor", _FOLD)
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter."""
-    return (folder / CONFIG).is_file()
 
 
 def _refuse_variants(config: Mapping[str, Any], label: str) -> None:

@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expunge.errors import UserError
-from expunge.merging.adapters import Adapter, is_adapter
+from expunge.merging.adapters import Adapter
 from expunge.merging.checkpoint import Checkpoint, TensorInfo, is_embedding
+from expunge.models.files import is_adapter
 
 # Entries of config.json on which the meaning of the weights depends though their shapes may not.
 _MEANING = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,16 +34,16 @@ class Declaration:
     kl: float = 0.0
 
 
-class Objective:
+class Objective(ABC):
     """Base of every objective: a frozen dataclass of hyper-parameters with a `loss`."""
 
     about: ClassVar[Declaration]
 
+    @abstractmethod
     def loss(self, step: Step) -> dict[str, Tensor]:
         """The terms of the loss by name, each a scalar; the trainer adds them up."""
-        raise NotImplementedError
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module) -> None:  # noqa: B027  a hook: most objectives need nothing
         """Raise UserError before the first step if the model lacks what the objective needs."""
 
     def hidden_layer(self) -> int | None:

@@ -32,11 +32,6 @@ class Resolved:
     objectives: Mapping[str, Objective]
     tokenizer: Any
 
-    @property
-    def target_config(self) -> ModelConfig:
-        """The given model; `prepare` makes another one out of it."""
-        return self.recipe.model
-
     def data_record(self) -> dict[str, dict[str, Any]]:
         """Rows, role, digest and cuts of each split, for run.json."""
         return {

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from expunge.data.encode import Encoded
+from expunge.models.files import adapter_base
 from expunge.models.load import is_adapter, load_model, resolve_folder
 from expunge.models.save import save_model
 from expunge.pipeline.evaluate import LazyModel, write_generations, write_scores
@@ -218,10 +219,7 @@ class Stages:
             return file_digest(place)
         own = folder_digest(place)
         if is_adapter(place):
-            import json
-
-            base = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-            own += folder_digest(resolve_folder(base))
+            own += folder_digest(resolve_folder(adapter_base(place)))
         return own
 
 

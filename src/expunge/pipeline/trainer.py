@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ from expunge.models.packing import supports_packing
 from expunge.models.reference import ReferenceCache
 from expunge.pipeline.plan import MicroBatch, Plan
 from expunge.recipe import TrainConfig
-
-logger = logging.getLogger("expunge.training")
 
 #: Called after each optimizer step with the step, and the terms of its loss by name.
 OnStep = Callable[[int, Mapping[str, float]], None]
