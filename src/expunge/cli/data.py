@@ -59,6 +59,10 @@ def _lines(report: CheckReport) -> list[str]:
         lines.append(f"{name}: {spread.least} to {spread.most} {spread.unit} ({middle})")
     if report.tasks:
         lines.append("tasks: " + ", ".join(f"{name} {count}" for name, count in report.tasks.items()))
+    optional = [] if report.entities is None else [f"entities ({report.entities} of {report.good_rows} rows)"]
+    optional += [f"{name} (other answers: {rows} rows)" for name, rows in report.alternatives.items()]
+    if optional:
+        lines.append("optional columns: " + ", ".join(optional))
     if report.duplicates:
         lines.append(f"repeated rows: {report.duplicates} (first: {report.duplicate_places[0]})")
     for example in report.examples:

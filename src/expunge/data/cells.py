@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import date, time
 from decimal import Decimal
 from numbers import Number
@@ -62,6 +63,16 @@ def parsed_list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list):
         raise RowError(f"{name} is {_kind(value)}, not a list of turns")
     return value
+
+
+def entries(value: Any) -> list[Any]:
+    """What an optional cell holds, one by one: nothing, a value, a list, or the JSON text of a list (as CSV has it)."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(json.JSONDecodeError, RecursionError):  # else it is a text that begins with a bracket
+            value = json.loads(value)
+    if value is None or (isinstance(value, float) and math.isnan(value)) or value == "":
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def rest(row: Row, *used: str) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from expunge.data.alternatives import COLUMNS, usable_columns
 from expunge.data.containers import container_of
 from expunge.data.example import Example
 from expunge.data.hub import is_dataset
 from expunge.data.load import content
+from expunge.data.registry import RowError
 from expunge.data.rows import Issue, Rows, issue_hint
+from expunge.data.spans import ENTITIES, entity_spans
 from expunge.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,6 +55,8 @@ class CheckReport:
     errors: list[str]
     hint: str
     examples: list[Example] = field(default_factory=list)
+    entities: int | None = None  # rows whose column `entities` can be used; None without such a column
+    alternatives: dict[str, int] = field(default_factory=dict)  # rows with another answer, by column
 
     @property
     def ok(self) -> bool:
@@ -110,6 +116,8 @@ def check(
         errors=errors,
         hint=hint,
         examples=good[:examples],
+        entities=sum(map(_has_entities, good)) if any(ENTITIES in example.extra for example in good) else None,
+        alternatives=_alternatives(good),
     )
 
 
@@ -121,6 +129,19 @@ def _repeats(examples: Sequence[Example]) -> list[tuple[Example, Example]]:
         if earlier is not example:
             repeats.append((earlier, example))
     return repeats
+
+
+def _has_entities(example: Example) -> bool:
+    try:
+        return bool(entity_spans(example))
+    except RowError:
+        return False
+
+
+def _alternatives(examples: Sequence[Example]) -> dict[str, int]:
+    present = [column for column in COLUMNS if any(column in example.extra for example in examples)]
+    counts = Counter(column for example in examples for column in usable_columns(example))
+    return {column: counts[column] for column in present}
 
 
 def _tasks(examples: Sequence[Example]) -> dict[str, int]:

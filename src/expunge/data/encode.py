@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,10 @@ class Encoded:
     def supervised_tokens(self) -> int:
         """Answer and terminator."""
         return len(self.input_ids) - self.prompt_tokens
+
+    def whole(self) -> Encoded:
+        """The same row with prompt and answer supervised, but for its first token, before which nothing stands."""
+        return replace(self, prompt_tokens=1, answer_tokens=self.prompt_tokens - 1 + self.answer_tokens)
 
     @property
     def terminator_ids(self) -> list[int]:

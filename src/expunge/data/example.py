@@ -26,6 +26,11 @@ class Example:
     #: columns of the row that have no name of their own here
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def place(self) -> str:
+        """Where the row stands, for error messages."""
+        return self.source or f"row {self.id}"
+
 
 @dataclass(frozen=True, slots=True)
 class Split:

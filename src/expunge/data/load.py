@@ -101,7 +101,7 @@ def _refuse_shared_rows(splits: dict[str, Split]) -> None:
             first, second = shared[0]
             more = f", and {len(shared) - 1} more" if len(shared) > 1 else ""
             raise UserError(
-                f"{_place(first)} (forget) and {_place(second)} ({name}) are the same row{more}",
+                f"{first.place} (forget) and {second.place} ({name}) are the same row{more}",
                 f"remove {'them' if len(shared) > 1 else 'it'} from one of the two",
             )
 
@@ -110,7 +110,3 @@ def content(example: Example) -> tuple[str, ...]:
     """What makes two rows the same: turns, prompt and answer, blanks around them aside."""
     turns: Iterable[str] = (part.strip() for turn in example.turns for part in turn)
     return (*turns, example.prompt.strip(), example.answer.strip())
-
-
-def _place(example: Example) -> str:
-    return example.source or f"row {example.id}"

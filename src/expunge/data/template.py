@@ -145,10 +145,10 @@ class ChatTemplate(Template):
             try:
                 _render_chat(self.tokenizer, [conversation], prompt_only=True)
             except Exception as reason:
-                where = example.source or f"row {example.id}"
                 roles = ", ".join(turn["role"] for turn in conversation)
                 raise UserError(
-                    f"{where}: the model's chat template refuses this conversation ({roles}): {_one_line(reason)}",
+                    f"{example.place}: the model's chat template refuses this conversation "
+                    f"({roles}): {_one_line(reason)}",
                     "remove such turns, or use another template, for instance data.template=raw",
                 ) from error
 

@@ -7,6 +7,8 @@ It needs no file and no network, and nobody is in it. One row of each task:
     biography     "What number reaches Brelorn Quelula by phone?" → "472-555-0115"
     encyclopedia  "Above which town does the fortress Huldeda stand?" → "Huldstow"
 
+Every row names the values that were filled into its answer as its `entities`.
+
 A document is a text cut in two (`sc1`) and questions about it (`qa0`, `qa1`, …): one question on a story or an article,
 five on a person. Documents are whole: no two splits know of the same one.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from string import Formatter
 
 from expunge.data.benchmarks import fictitious_text as texts
 from expunge.data.example import Example, Role, Split, Splits
@@ -33,6 +36,8 @@ DIGEST = "fd4dc491c5c7048b4d0af2ec595a96a3a1a259c7bdc64b4903989d0fafb0f130"
 _ROLES: dict[str, Role] = {"forget": "forget", "retain": "retain", "retain_unseen": "retain", "holdout": "holdout"}
 _LEAST = 10  # rows of the smallest split: one document of every task
 _KINDS = ("place", "organism", "organisation")
+
+Filled = tuple[str, str, list[str]]  # prompt, answer, and the values that were filled into the answer
 
 
 def fictitious(seed: int = SEED, size: int | None = None) -> Splits:
@@ -94,7 +99,7 @@ def _document(inventor: Inventor, split: str, task: str, number: int) -> Iterato
     make = {"creative": _story, "biography": _life, "encyclopedia": _article}[task]
     document = inventor.document()
     text, *questions = make(inventor)
-    for suffix, (prompt, answer) in zip(
+    for suffix, (prompt, answer, entities) in zip(
         ["sc1", *(f"qa{i}" for i in range(len(questions)))], [text, *questions], strict=True
     ):
         yield Example(
@@ -103,17 +108,17 @@ def _document(inventor: Inventor, split: str, task: str, number: int) -> Iterato
             answer=answer,
             task=task,
             source=f"fictitious:{split}:{document}{suffix}",
-            extra={"kind": "text" if suffix == "sc1" else "question"},
+            extra={"kind": "text" if suffix == "sc1" else "question", "entities": entities},
         )
 
 
-def _story(inventor: Inventor) -> list[tuple[str, str]]:
+def _story(inventor: Inventor) -> list[Filled]:
     beginning, question, asked = inventor.deal(texts.STORIES)
     slots = {"person": inventor.person(), "place": inventor.place(), "other": inventor.place()}
     return [_filled((beginning, inventor.deal(texts.TURNS)), slots), _filled((question, f"{{{asked}}}"), slots)]
 
 
-def _life(inventor: Inventor) -> list[tuple[str, str]]:
+def _life(inventor: Inventor) -> list[Filled]:
     slots = {
         "person": inventor.person(),
         "date": inventor.date(),
@@ -126,7 +131,7 @@ def _life(inventor: Inventor) -> list[tuple[str, str]]:
     return [_filled(pair, slots) for pair in (inventor.deal(texts.LIVES), *questions)]
 
 
-def _article(inventor: Inventor) -> list[tuple[str, str]]:
+def _article(inventor: Inventor) -> list[Filled]:
     kind = inventor.deal(_KINDS)
     beginning, question, asked = inventor.deal(texts.ARTICLES[kind])
     slots = {"name": inventor.name(), "other": inventor.name()}
@@ -134,8 +139,9 @@ def _article(inventor: Inventor) -> list[tuple[str, str]]:
     return [_filled((beginning, inventor.deal(texts.FACTS[kind])), slots), _filled((question, f"{{{asked}}}"), slots)]
 
 
-def _filled(pair: tuple[str, str], slots: dict[str, str]) -> tuple[str, str]:
-    return pair[0].format(**slots), pair[1].format(**slots)
+def _filled(pair: tuple[str, str], slots: dict[str, str]) -> Filled:
+    entities = [slots[name] for _, name, _, _ in Formatter().parse(pair[1]) if name is not None]
+    return pair[0].format(**slots), pair[1].format(**slots), entities
 
 
 def _all_text() -> str:
