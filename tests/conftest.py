@@ -14,14 +14,7 @@ from jaxtyping import install_import_hook
 
 # shapes and types of the tensor rooms are checked at run time, in tests alone
 _hook = install_import_hook(
-    [
-        "expunge.methods.step",
-        "expunge.models.forward",
-        "expunge.models.reference",
-        "expunge.models.packing",
-        "expunge.merging",
-    ],
-    "beartype.beartype",
+    ["expunge.methods", "expunge.models", "expunge.merging", "expunge.pipeline.gradients"], "beartype.beartype"
 )
 _hook.__enter__()
 

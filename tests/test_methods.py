@@ -1,191 +1,231 @@
-"""Every objective: its declaration, its closed form, its gradient, and what it refuses."""
+"""Every objective: its closed form, its gradient, its parts, its declaration, and what it refuses."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from expunge.data.collate import pad_right
+from expunge.data.collate import Batch, pad_right
 from expunge.errors import UserError
-from expunge.methods.base import OBJECTIVES, build_objective
-from expunge.methods.step import Forward, Step, Totals
-from expunge.models.reference import ReferenceCache
+from expunge.methods.base import OBJECTIVES, Objective, build_objective
+from expunge.methods.step import Memory, Step, Totals
+from expunge.models.passes import Forward
+from expunge.models.reference import Needs, ReferenceCache, build_reference
 from expunge.models.tiny import build_tiny
-from training_rows import rows
+from method_cases import FORMS, HALF, OVER_STEPS, SIDES, known, outputs, step
+from training_rows import rows, supervised
 
-VOCABULARY, WIDTH = 11, 5
-FORGET, RETAIN = rows(3, seed=1, vocabulary=VOCABULARY), rows(2, seed=2, vocabulary=VOCABULARY)
 ALL = sorted(OBJECTIVES.names())
+CASES = [(name, given) for name, (_, settings) in FORMS.items() for given in ({}, *settings)]
+IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in given.items()) or 'default'}" for name, given in CASES]
 
 
-def make_step(logits: torch.Tensor, hidden: torch.Tensor, selected: torch.Tensor | None = None) -> tuple[Step, Any]:
-    """A step over given logits and hidden states; the start model is another random one."""
-    batch = pad_right([*FORGET, *RETAIN], [0, 1, 2, 0, 1], 0)
-    forward = Forward(torch.nn.Identity(), batch, 0, True, False)
-    forward.__dict__["_outputs"] = (logits, hidden)
-    generator = torch.Generator().manual_seed(9)
-    caches = []
-    for side in (FORGET, RETAIN):
-        cache, start = ReferenceCache(), 0
-        for number, row in enumerate(side):
-            cache._offsets[number] = (start, start + row.supervised_tokens)
-            start += row.supervised_tokens
-        drawn = torch.randn(start + VOCABULARY, WIDTH + 1, generator=generator, dtype=torch.float64).to(logits.dtype)
-        cache._logprobs = drawn[:start, WIDTH] - 3
-        cache._vectors, weight = drawn[:start, :WIDTH], drawn[start:, :WIDTH]
-        cache._head = lambda vectors, weight=weight: vectors @ weight.T
-        caches.append(cache)
-    count = sum(row.supervised_tokens for row in FORGET) if selected is None else int(selected.sum())
-    totals = Totals(3, count, 2, sum(row.supervised_tokens for row in RETAIN))
-    return Step(forward, 3, *caches, selected, totals, 1.0), caches
+def build(name: str, given: dict[str, Any] | None = None) -> Objective:
+    """The objective; one that steers a layer steers the first."""
+    fields: Any = dataclasses.fields(OBJECTIVES.get(name))  # type: ignore[arg-type]
+    layer = {"layer": 0} if any(item.name == "layer" for item in fields) else {}
+    return build_objective(name, {**layer, **(given or {})})
 
 
-def random_logits(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    count = sum(row.supervised_tokens for row in [*FORGET, *RETAIN])
-    generator = torch.Generator().manual_seed(3)
-    drawn = torch.randn(count, VOCABULARY + WIDTH, generator=generator, dtype=torch.float64).to(dtype)
-    return drawn[:, :VOCABULARY].contiguous(), drawn[:, VOCABULARY:].contiguous()
-
-
-def by_hand(selected: np.ndarray | None = None) -> dict[str, Any]:
-    """Token log-probs of both models per row, computed without torch."""
-    logits, _ = random_logits(torch.float64)
-    _, caches = make_step(*random_logits(torch.float64))
-    values = logits.numpy()
-    logp = values - np.log(np.exp(values).sum(-1, keepdims=True))
-    out: dict[str, Any] = {"forget": [], "reference": [], "retain": []}
-    at = 0
-    for side, name in ((FORGET, "forget"), (RETAIN, "retain")):
-        for row in side:
-            targets = row.input_ids[row.prompt_tokens :]
-            out[name].append(logp[np.arange(at, at + len(targets)), targets])
-            at += len(targets)
-    reference = caches[0]._logprobs.numpy()
-    for row in FORGET:
-        out["reference"].append(reference[: row.supervised_tokens])
-        reference = reference[row.supervised_tokens :]
-    if selected is not None:
-        for name in ("forget", "reference"):
-            parts = np.split(selected, np.cumsum([len(part) for part in out[name]])[:-1])
-            out[name] = [part[mask] for part, mask in zip(out[name], parts, strict=True)]
-    return out
-
-
-def log_sigmoid(value: np.ndarray) -> np.ndarray:
-    return -np.log1p(np.exp(-value))
-
-
-def closed_forms(known: dict[str, Any]) -> dict[str, float]:
-    forget, reference = known["forget"], known["reference"]
-    every = np.concatenate(forget)
-    ratio = np.array([p.sum() - r.sum() for p, r in zip(forget, reference, strict=True)])
-    lengths = np.array([max(len(p), 1) for p in forget])
-    sums = np.array([p.sum() for p in forget])
-    return {
-        "grad_ascent": every.mean(),
-        "grad_diff": every.mean(),
-        "npo": (-2 / 0.1 * log_sigmoid(-0.1 * ratio)).mean(),
-        "simnpo": (-2 / 4.5 * log_sigmoid(-4.5 * sums / lengths)).mean(),
-    }
+def total(terms: dict[str, Tensor]) -> Tensor:
+    """What the trainer adds up."""
+    return torch.stack([value for name, value in terms.items() if not name.startswith("monitor")]).sum()
 
 
 @pytest.mark.parametrize("chosen", [None, "half"])
-@pytest.mark.parametrize("name", ["grad_ascent", "grad_diff", "npo", "simnpo"])
-def test_forget_loss_equals_its_closed_form(name: str, chosen: str | None) -> None:
-    count = sum(row.supervised_tokens for row in FORGET)
-    mask = None if chosen is None else np.arange(count) % 2 == 0
-    step, _ = make_step(*random_logits(), selected=None if mask is None else torch.from_numpy(mask))
-    loss = build_objective(name, {}).loss(step)["forget"]
-    assert loss.item() == pytest.approx(closed_forms(by_hand(mask))[name], rel=1e-5)
+@pytest.mark.parametrize(("name", "given"), CASES, ids=IDS)
+def test_terms_equal_their_closed_forms(name: str, given: dict[str, Any], chosen: str | None) -> None:
+    mask = HALF if chosen else None
+    terms = build(name, given).loss(step(*outputs(), selected=None if mask is None else torch.from_numpy(mask)))
+    expected = FORMS[name][0](known(mask), **given)
+    expected = expected if isinstance(expected, dict) else {"forget": expected}
+    assert {term: value.item() for term, value in terms.items()} == pytest.approx(expected, rel=1e-9)
 
 
-def test_npo_levels_agree_with_their_definitions() -> None:
-    known = by_hand()
-    step, _ = make_step(*random_logits())
-    ratios = [p - r for p, r in zip(known["forget"], known["reference"], strict=True)]
-    mean = np.array([ratio.mean() for ratio in ratios])
-    expected = {
-        "mean": (-20 * log_sigmoid(-0.1 * mean)).mean(),
-        "token": (-20 * log_sigmoid(-0.1 * np.concatenate(ratios))).mean(),
-    }
-    for level, value in expected.items():
-        assert build_objective("npo", {"level": level}).loss(step)["forget"].item() == pytest.approx(value, rel=1e-5)
+@pytest.mark.parametrize("name", sorted(FORMS))
+def test_every_parameter_has_a_closed_form_that_it_changes(name: str) -> None:
+    form, settings = FORMS[name]
+    fields: Any = dataclasses.fields(OBJECTIVES.get(name))  # type: ignore[arg-type]
+    assert {key for given in settings for key in given} == {f.name for f in fields} - OVER_STEPS.get(name, set())
+    sides = known()
+    default = form(sides)
+    for given in settings:
+        assert form(sides, **given) != pytest.approx(default, rel=1e-4), given
 
 
-def test_npo_approaches_gradient_ascent_as_beta_vanishes() -> None:
-    """arXiv 2404.05868, proposition 1: the gradients meet up to the constant that the loss starts from."""
-    gradients = []
-    for name, parameters in (("npo", {"beta": 1e-4}), ("grad_ascent", {})):
-        logits, hidden = random_logits(torch.float64)
-        logits.requires_grad_()
-        step, _ = make_step(logits, hidden)
-        build_objective(name, parameters).loss(step)["forget"].backward()
-        assert logits.grad is not None
-        gradients.append(logits.grad / logits.grad.norm())
-    per_token = gradients[0].abs().sum()
-    assert per_token > 0
-    cosine = (gradients[0] * gradients[1]).sum()
-    assert cosine > 0.97  # ascent averages over tokens, npo over rows: the same direction but for row lengths
+class Replayed:
+    """Stop-gradients as constants: what was detached in the first pass is returned in the later ones, in order."""
 
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kept: list[Tensor] = []
+        self.playing: Iterator[Tensor] | None = None
+        detach = torch.Tensor.detach
 
-def test_rmu_steers_forget_states_and_holds_retain_states() -> None:
-    objective: Any = build_objective("rmu", {"coefficient": 2.0, "alpha": 10.0, "layer": 0})
-    logits, hidden = random_logits()
-    step, caches = make_step(logits, hidden)
-    cut = sum(row.supervised_tokens for row in FORGET)
-    goal = 2.0 * objective.direction(WIDTH)
-    terms = objective.loss(step)
-    assert objective.direction(WIDTH).norm().item() == pytest.approx(1.0)
-    assert terms["forget"].item() == pytest.approx((hidden[:cut] - goal).square().mean().item(), rel=1e-5)
-    held = (hidden[cut:] - caches[1]._vectors).square().mean().item()
-    assert terms["retain_hidden"].item() == pytest.approx(10.0 * held, rel=1e-5)
+        def replay(tensor: Tensor) -> Tensor:
+            if self.playing is not None:
+                return next(self.playing)
+            self.kept.append(detach(tensor))
+            return self.kept[-1]
 
-
-def test_retain_terms_are_means_over_their_own_tokens() -> None:
-    logits, hidden = random_logits()
-    step, caches = make_step(logits, hidden)
-    cut = sum(row.supervised_tokens for row in FORGET)
-    assert step.retain.nll().item() == pytest.approx(-np.concatenate(by_hand()["retain"]).mean(), rel=1e-5)
-    reference = torch.log_softmax(caches[1]._head(caches[1]._vectors), -1)
-    current = torch.log_softmax(logits[cut:], -1)
-    expected = (reference.exp() * (reference - current)).sum(-1).mean().item()
-    assert step.retain.kl().item() == pytest.approx(expected, rel=1e-5)
+        monkeypatch.setattr(torch.Tensor, "detach", replay)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_gradient_matches_finite_differences(name: str) -> None:
-    objective = build_objective(name, {"layer": 0} if name == "rmu" else {})
-    logits, hidden = random_logits(torch.float64)
-
-    def loss(z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        terms = objective.loss(make_step(z, h)[0])
-        return torch.stack([value.double() for value in terms.values()]).sum()
-
-    z, h = logits.clone().requires_grad_(), hidden.clone().requires_grad_()
-    loss(z, h).backward()
-    tensor, gradient = (h, h.grad) if name == "rmu" else (z, z.grad)
+def test_gradient_matches_finite_differences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = build(name)
+    given = [tensor.requires_grad_() for tensor in outputs()]
+    total(objective.loss(step(*given))).backward()
+    tensor = given[0] if objective.hidden_layer() is None else given[1]
+    gradient = tensor.grad
     assert gradient is not None
-    for place in [(0, 1), (3, 2), (7, 4)]:
-        shift = torch.zeros_like(tensor)
-        shift[place] = 1e-2  # losses are computed in float32: a smaller step drowns in rounding
-        args = (lambda d: (z, h + d)) if name == "rmu" else (lambda d: (z + d, h))
-        slope = (loss(*args(shift)) - loss(*args(-shift))).item() / 2e-2
-        assert slope == pytest.approx(gradient[place].item(), rel=2e-2, abs=2e-3)
+    assert gradient.abs().max() > 0
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        replayed = Replayed(monkeypatch)
+        total(objective.loss(step(*given)))
+        for _ in range(3):
+            direction = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+            values = []
+            for shift in (1e-5, -1e-5):
+                moved = [value + shift * direction if value is tensor else value for value in given]
+                replayed.playing = iter(replayed.kept)
+                values.append(total(objective.loss(step(*moved))).item())
+            slope, expected = (values[0] - values[1]) / 2e-5, (gradient * direction).sum().item()
+            assert slope == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_parts_of_a_step_add_up(name: str) -> None:
+    objective = build(name)
+
+    def terms_and_gradient(parts: list[dict[str, list[int]] | None]) -> tuple[dict[str, float], list[Tensor]]:
+        given = [tensor.requires_grad_() for tensor in outputs()]
+        added: dict[str, float] = {}
+        for part in parts:
+            terms = objective.loss(step(*given, part=part))
+            total(terms).backward()
+            for term, value in terms.items():
+                added[term] = added.get(term, 0.0) + value.item()
+        return added, [torch.zeros_like(t) if t.grad is None else t.grad for t in given]
+
+    whole, gradients = terms_and_gradient([None])
+    split = [{"forget": [2], "retain": [0, 1]}, {"forget": [1, 0], "retain": []}]
+    parts, added = terms_and_gradient(split)
+    assert parts == pytest.approx(whole, rel=1e-9)
+    for one, other in zip(gradients, added, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_row_of_which_nothing_is_selected_harms_nothing(name: str) -> None:
+    objective = build(name)
+    lengths = supervised(SIDES["forget"])
+    selected = torch.arange(sum(lengths)) >= lengths[0]
+    given = [tensor.requires_grad_() for tensor in outputs()]
+    total(objective.loss(step(*given, selected=selected))).backward()
+    for gradient in (tensor.grad for tensor in given):
+        if gradient is not None:
+            assert gradient.isfinite().all()
+            assert (gradient[: lengths[0]] == 0).all()
+
+
+class Model:
+    """A tiny model, another that it started as, and a step over rows of very different lengths."""
+
+    def __init__(self) -> None:
+        self.model, self.start = build_tiny(0)[0], build_tiny(1)[0]
+        shortest = {"forget": 6, "forget_alternatives": 12, "retain": 20, "retain_alternatives": 6}
+        self.sides = {
+            side: rows(2, seed=number, shortest=size, longest=size + 30)
+            for number, (side, size) in enumerate(shortest.items())
+        }
+        self.every = [row for side in self.sides.values() for row in side]
+        numbers = range(len(self.every))
+        needs = Needs(numbers, numbers, numbers, 0)
+        self.cache: ReferenceCache = build_reference(self.start, self.every, needs)
+
+    def terms(self, objective: Objective, numbers: list[int], wider: int = 0, packs: bool = False) -> dict[str, float]:
+        """Terms of the loss over these rows, with `wider` columns of garbage behind the padding, or several a line."""
+        batch = pad_right([self.every[number] for number in numbers], numbers, 0)
+        if wider:
+            batch = widened(batch, wider)
+        begin, counts, totals = 0, {}, {}
+        for side, there in self.sides.items():
+            counts[side] = sum(begin <= number < begin + len(there) for number in numbers)
+            totals[side] = sum(supervised(there))
+            begin += len(there)
+        generator = torch.Generator().manual_seed(4)
+        memory = Memory(means={name: torch.randn(128, generator=generator) for name in ("forget", "anchors")})
+        forward = Forward(self.model, batch, 0, packs=packs)
+        whole = Totals({side: len(there) for side, there in self.sides.items()}, totals)
+        with torch.no_grad():
+            made = objective.loss(Step(forward, counts, self.cache, None, whole, 1.0, memory=memory))
+        return {term: value.item() for term, value in made.items()}
+
+
+def widened(batch: Batch, columns: int) -> Batch:
+    """The same rows with further padded columns, whose ids are anything."""
+    size = (len(batch), columns)
+    garbage = torch.randint(3, 500, size, generator=torch.Generator().manual_seed(5))
+    return dataclasses.replace(
+        batch,
+        input_ids=torch.cat([batch.input_ids, garbage], 1),
+        attention_mask=torch.cat([batch.attention_mask, torch.zeros(size, dtype=torch.int64)], 1),
+        supervised=torch.cat([batch.supervised, torch.zeros(size, dtype=torch.bool)], 1),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained() -> Model:
+    return Model()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_padding_changes_nothing(name: str, trained: Model) -> None:
+    objective = build(name)
+    together = trained.terms(objective, list(range(8)))
+    assert trained.terms(objective, list(range(8)), wider=9) == pytest.approx(together, rel=1e-4)
+    assert trained.terms(objective, list(range(8)), packs=True) == pytest.approx(together, rel=1e-4)
+    # a row of each side at a time: alternatives go with their rows
+    single = [trained.terms(objective, [row, row + 2, row + 4, row + 6]) for row in range(2)]
+    assert {term: single[0][term] + single[1][term] for term in together} == pytest.approx(together, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_declaration_is_complete(name: str) -> None:
     cls = OBJECTIVES.get(name)
-    described = cls.describe()
-    assert cls.about.name == name
+    described, about = cls.describe(), cls.about
+    assert about.name == name
     assert all(described[key] for key in ("summary", "loss", "paper", "kind", "needs"))
-    assert len(cls.about.idea.split()) <= 12
+    assert about.kind in ("removes", "suppresses")
+    assert len(about.idea.split()) <= 12
+    assert about.rates
+    assert all(0 < rate < 1 for rate in about.rates)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         assert described[f"parameter {field.name}"].split(": ")[1], field.name
+
+
+@pytest.mark.parametrize("name", sorted(FORMS))
+def test_an_objective_reads_only_what_it_declares(name: str) -> None:
+    """Alternatives, retain rows and the start model are at hand in a run only if the declaration asks for them."""
+    objective, about = build(name), OBJECTIVES.get(name).about
+    made = step(*outputs())
+    if about.alternatives is None:
+        made.forget._alternatives = None
+    if not about.retain_alternatives:
+        made.retain._alternatives = None
+    if not about.reference:
+        made.forget._cache._logprobs.values = None
+    if not about.distribution:
+        made.forget._cache._vectors.values = None
+    if not about.retain:
+        del made.retain
+    assert total(objective.loss(made)).isfinite()
 
 
 @pytest.mark.parametrize(
@@ -196,6 +236,9 @@ def test_declaration_is_complete(name: str) -> None:
         ("npo", {"beta": -1}, "greater than 0"),
         ("npo", {"level": "word"}, "'sequence', 'mean' or 'token'"),
         ("rmu", {"layer": "x"}, "valid integer"),
+        ("eul", {"power": 3}, "1 or 2"),
+        ("flat", {"divergence": "wasserstein"}, "'total_variation', 'kl', 'js' or 'pearson'"),
+        ("pdu", {"epsilon": -0.1}, "greater than or equal to 0"),
     ],
 )
 def test_wrong_settings_get_one_sentence(name: str, parameters: dict[str, Any], says: str) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -16,7 +16,12 @@ from expunge.errors import UserError, did_you_mean
 from expunge.registry import Registry
 
 if TYPE_CHECKING:
-    from expunge.methods.step import Step
+    from expunge.methods.step import Memory, Step
+    from expunge.recipe import TrainConfig
+
+
+#: Where other answers to the same prompts come from: sentences that decline, the rows' own columns, or the start model.
+AlternativesFrom = Literal["idk", "given", "sampled"]
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,19 @@ class Declaration:
     formula: str
     paper: str  # arXiv id or "-"
     kind: str  # "removes" or "suppresses" the knowledge, as far as its literature shows
-    reference: bool = False  # needs log-probs of the start model on the forget rows
+    reference: bool = False  # needs log-probs of the start model on the forget rows (and their alternatives)
+    distribution: bool = False  # needs the start model's whole distribution at the forget rows' tokens
     retain: bool = False  # can't do without retain rows
+    reads_forget: bool = True  # its loss looks at the forget answers themselves; else only at their alternatives
+    alternatives: AlternativesFrom | None = None  # needs other answers to the forget prompts; where from by default
+    retain_alternatives: bool = False  # needs them for the retain prompts too
+    anchors: bool = False  # needs prompts that a model can only decline
+    span: Literal["answer", "sequence"] = "answer"  # what of a forget row its loss is about by default
     nll: float = 0.0  # default weights of the retain terms
     kl: float = 0.0
+    retain_ratio: int = 1  # retain rows per forget row in a step
+    rates: tuple[float, ...] = (1e-5, 2e-5, 5e-5)  # learning rates of the published runs, full fine-tuning
+    weights: bool = False  # the model is made out of trained weights in the end (`combine`)
 
 
 class Objective(ABC):
@@ -41,7 +55,11 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, step: Step) -> dict[str, Tensor]:
-        """The terms of the loss by name, each a scalar; the trainer adds them up."""
+        """The terms of the loss by name, each a scalar; the trainer adds them up.
+
+        Terms called retain… belong to the retain side (for wrappers that treat the two gradients apart); those called
+        monitor… are recorded and handed to `after_step`, but not added.
+        """
 
     def check(self, model: nn.Module) -> None:  # noqa: B027  a hook: most objectives need nothing
         """Raise UserError before the first step if the model lacks what the objective needs."""
@@ -50,38 +68,70 @@ class Objective(ABC):
         """The decoder layer whose output the objective reads instead of logits; None for logits."""
         return None
 
-    def trainable(self) -> list[str] | None:
+    def frozen_forget(self) -> bool:
+        """Whether `forget.frozen_hidden` is read too (`retain.frozen_hidden` always is)."""
+        return False
+
+    def trainable(self, depth: int) -> list[str] | None:
         """Patterns (regular expressions) of the parameters that are trained by default; None for all."""
         return None
+
+    def chunk_rows(self) -> int | None:
+        """Forget rows that are trained on together, chunk after chunk, each with a fresh optimizer; None for all."""
+        return None
+
+    def after_step(self, memory: Memory, terms: Mapping[str, float]) -> None:  # noqa: B027  a hook
+        """Called after each optimizer step with its terms, summed over micro-batches and processes."""
+
+    def variations(self, train: TrainConfig) -> list[TrainConfig]:
+        """The trainings that an objective with `weights` combines."""
+        return [train]
+
+    def combine(self, start: Tensor, trained: Sequence[Tensor]) -> Tensor:
+        """A parameter of the unlearned model, out of the start model's and those of the trained ones."""
+        raise NotImplementedError  # only asked of objectives that declare `weights`
 
     @classmethod
     def describe(cls) -> dict[str, str]:
         """Label → text, for `expunge list methods`, the docs and the report."""
         about = cls.about
         retain = " + ".join(f"{weight:g}·{term}" for term, weight in (("nll", about.nll), ("kl", about.kl)) if weight)
-        needs = [
-            label
-            for label, needed in (("start model's log-probs", about.reference), ("retain rows", about.retain))
-            if needed
-        ]
         described = {
             "summary": about.idea,
             "loss": about.formula,
             "retain terms by default": retain or "none",
-            "needs": ", ".join(needs) or "forget rows only",
+            "needs": ", ".join(_needs(about)) or "forget rows only",
             "kind": about.kind,
+            "learning rates of its papers": ", ".join(f"{rate:g}" for rate in about.rates),
             "paper": about.paper,
         }
         fields: Any = dataclasses.fields(cls)  # type: ignore[arg-type]
         for item in fields:
-            described[f"parameter {item.name}"] = f"{item.default.default}: {item.default.description}"
+            extra = item.default.json_schema_extra or {}
+            published = f"; published: {extra['published']}" if extra.get("published") else ""
+            described[f"parameter {item.name}"] = f"{item.default.default}: {item.default.description}{published}"
         return described
+
+
+def _needs(about: Declaration) -> list[str]:
+    from_where = {"idk": "answers that decline", "given": "alternative answers", "sampled": "sampled answers"}
+    found = (
+        ("start model's log-probs", about.reference),
+        ("start model's distribution", about.distribution),
+        ("retain rows", about.retain),
+        (from_where[about.alternatives or "idk"], about.alternatives is not None),
+        ("answers that decline retain prompts", about.retain_alternatives),
+        ("prompts that can't be answered", about.anchors),
+    )
+    return [label for label, needed in found if needed]
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry("method", "expunge.methods")
 
-#: A hyper-parameter: default, bounds and description; pydantic checks what a recipe gives.
-hyper = Field
+
+def hyper(default: Any, *, description: str, published: str = "", **bounds: Any) -> Any:
+    """A hyper-parameter: default, bounds that pydantic checks, and the values that papers used."""
+    return Field(default, description=description, json_schema_extra={"published": published}, **bounds)
 
 
 def objective(**declared: Any) -> Callable[[type[Any]], type[Objective]]:

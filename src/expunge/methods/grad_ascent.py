@@ -32,9 +32,5 @@ class GradAscent(Objective):
     retain=True,
     nll=1.0,
 )
-class GradDiff(Objective):
-    """Gradient ascent held by the retain term; as unbounded as ascent itself."""
-
-    def loss(self, step: Step) -> dict[str, Tensor]:
-        """−mean token NLL of the forget answers; the retain NLL is the default retain term."""
-        return {"forget": -step.forget.nll()}
+class GradDiff(GradAscent):
+    """Gradient ascent with the retain NLL by default; as unbounded as ascent itself."""

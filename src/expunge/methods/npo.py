@@ -23,10 +23,11 @@ from expunge.methods.step import Step
 class NPO(Objective):
     """Bounded ascent: its gradient fades where the answer has become less likely than at the start."""
 
-    beta: float = hyper(0.1, gt=0, description="inverse temperature; → 0 is gradient ascent")
+    beta: float = hyper(0.1, gt=0, description="inverse temperature; → 0 is gradient ascent", published="0.05 to 0.5")
     level: Literal["sequence", "mean", "token"] = hyper(
         "sequence",
-        description="log-ratio summed per answer (the paper), averaged per answer (ZJUKLAB), or per token",
+        description="log-ratio summed per answer (the paper), averaged per answer, or per token",
+        published="sequence; mean (ZJUKLAB at SemEval-2025), token (Atyaephyra there, β 0.5)",
     )
 
     def loss(self, step: Step) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from expunge.methods.step import Step
 @objective(
     name="simnpo",
     idea="push the forget answers' per-token likelihood down, without a reference",
-    formula="−(2/β) · E log σ(−(β/|y|) · log p − γ)",
+    formula="−0.125 · (2/β) · E log σ(−(β/|y|) · log p − γ)",
     paper="2410.07163",
     kind="suppresses",
     nll=1.0,
@@ -20,11 +20,20 @@ from expunge.methods.step import Step
 class SimNPO(Objective):
     """The margin γ stands outside the product with β, as in the paper (public code uses β·δ; γ = β·δ)."""
 
-    beta: float = hyper(4.5, gt=0, description="inverse temperature")
-    gamma: float = hyper(0.0, ge=0, description="margin")
+    beta: float = hyper(
+        4.5, gt=0, description="inverse temperature", published="3.5, 4.5 (TOFU forget10), 2.5 (forget05), 0.7 (MUSE)"
+    )
+    gamma: float = hyper(0.0, ge=0, description="margin", published="0")
+    coefficient: float = hyper(
+        0.125,
+        gt=0,
+        description="weight beside the retain term; forget_weight multiplies it",
+        published="0.125 (TOFU forget10), 0.1375 (forget05), 0.25, 1 beside 0.1·nll (MUSE)",
+    )
 
     def loss(self, step: Step) -> dict[str, Tensor]:
         """Mean over the forget rows of the length-normalised saturating ascent."""
         rows = step.forget
-        per_token = rows.sequence_logprobs / rows.lengths
-        return {"forget": rows.mean_rows(-2 / self.beta * logsigmoid(-self.beta * per_token - self.gamma))}
+        per_token = rows.mean_per_row(rows.token_logprobs)
+        losses = -2 / self.beta * logsigmoid(-self.beta * per_token - self.gamma)
+        return {"forget": self.coefficient * rows.mean_rows(losses)}

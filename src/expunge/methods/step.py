@@ -1,95 +1,48 @@
-"""The façade that a loss sees: forget and retain rows of one micro-batch, everything lazy and computed once."""
+"""The façade that a loss sees: the rows of one micro-batch by side, everything lazy and computed once."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from expunge.data.collate import Batch
-from expunge.models.forward import (
-    capture_layer,
-    log_softmax_at,
-    pick_positions,
-    supervised_head,
-    truncated,
-    unwrap,
-)
-from expunge.models.packing import pack_rows
+from expunge.models.passes import Forward
 from expunge.models.reference import ReferenceCache
+from expunge.models.token_logprobs import token_logprobs
 
-#: Positions whose [n, V] logits are turned into a KL term at once; bounds the memory that the term adds.
-KL_CHUNK = 512
+#: The sides of a micro-batch in the order of its rows. Alternatives are other answers to the same prompts, one per row.
+SIDES = ("forget", "forget_alternatives", "retain", "retain_alternatives")
+
+#: Positions whose [n, V] logits a loss works on at once; bounds the memory that it adds.
+PIECE = 512
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Rows and selected tokens of a whole optimizer step, over all micro-batches and processes."""
+    """An optimizer step as a whole, over all micro-batches and processes: its number, and rows and tokens by side."""
 
-    forget_rows: int
-    forget_tokens: int
-    retain_rows: int
-    retain_tokens: int
+    rows: Mapping[str, int]
+    tokens: Mapping[str, int]  # those that the loss sees
+    number: int = 0  # of the optimizer step, from 0
+    epoch: int = 0  # of the forget rows, from 0
 
 
-class Forward:
-    """One pass of a micro-batch through the model, made when its first result is asked for."""
+@dataclass(frozen=True)
+class ForgetView:
+    """How the forget loss looks at its rows, whatever the objective is."""
 
-    def __init__(self, model: nn.Module, batch: Batch, hidden_layer: int | None, logits: bool, packs: bool) -> None:
-        self.model = model
-        self.batch = batch
-        self.hidden_layer = hidden_layer
-        self.with_logits = logits
-        self.packs = packs  # the model keeps packed rows apart
-
-    @cached_property
-    def _outputs(self) -> tuple[Tensor, Tensor | None]:
-        """Logits [N, V] (N = 0 if none are needed) and the hidden states [N, d] at the supervised positions."""
-        sink: list[Tensor] = []
-        inputs, supervised = self._inputs()
-        wanted = supervised if self.with_logits else supervised[:0]
-        with ExitStack() as stack:
-            stack.enter_context(supervised_head(self.model, wanted))
-            if self.hidden_layer is not None:
-                stack.enter_context(capture_layer(self.model, self.hidden_layer, sink))
-                if not self.with_logits:
-                    stack.enter_context(truncated(self.model, self.hidden_layer))
-            logits = self.model(**inputs, use_cache=False).logits[0]
-        hidden = pick_positions(sink[0], supervised) if sink else None
-        return logits, hidden
-
-    def _inputs(self) -> tuple[dict[str, Tensor], Int[Tensor, " N"]]:
-        """What the model is given, and the flat positions in it whose logits predict the supervised tokens."""
-        batch = self.batch
-        present = batch.attention_mask.bool()
-        config = unwrap(self.model).config
-        width = config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
-        lines = pack_rows(batch.input_ids, present, width) if self.packs else None
-        if lines is not None:
-            given = {"input_ids": lines.input_ids, "position_ids": lines.position_ids}
-            return given, lines.place[batch.supervised[present]]
-        # rows are padded on the right and attention is causal, so no real position ever sees padding
-        return {"input_ids": batch.input_ids}, batch.supervised.flatten().nonzero()[:, 0]
-
-    @property
-    def logits(self) -> Float[Tensor, "N V"]:
-        """Logits at the supervised positions, row by row."""
-        return self._outputs[0]
-
-    @property
-    def hidden(self) -> Float[Tensor, "N d"]:
-        """Output of the objective's layer at the supervised positions."""
-        hidden = self._outputs[1]
-        assert hidden is not None, "the objective declares no hidden_layer()"
-        return hidden
+    temperature: float = 1.0  # logits are divided by it (arXiv 2406.09179)
+    cap: float | None = None  # rows whose mean token NLL has passed it no longer count (arXiv 2406.09179)
+    quantile: float | None = None  # this part of each answer's tokens counts, those of lowest loss (arXiv 2406.09179)
 
 
 class Rows:
-    """The forget rows or the retain rows of a micro-batch. B rows, N supervised tokens."""
+    """One side of a micro-batch. B rows, N supervised tokens."""
 
     def __init__(
         self,
@@ -100,33 +53,64 @@ class Rows:
         total_rows: int,
         total_tokens: int,
         scale: float,
+        view: ForgetView = ForgetView(),
     ) -> None:
         batch = forward.batch
-        self._forward, self._cache, self._scale = forward, cache, scale
-        self._total_rows, self._total_tokens = total_rows, total_tokens
+        self._forward, self._cache, self._scale, self._view = forward, cache, scale, view
+        self.total_rows, self.total_tokens = total_rows, total_tokens
         before = int(batch.lengths[: rows.start].sum())
         self._at = slice(before, before + int(batch.lengths[rows].sum()))
+        self._selected = selected
+        self._alternatives: Rows | None = None
         self.index: Int[Tensor, " B"] = batch.index[rows]
         self.targets: Int[Tensor, " N"] = batch.targets[self._at]
         #: row of this side that each token belongs to
         self.row: Int[Tensor, " N"] = batch.row[self._at] - rows.start
-        #: 1 where the loss sees the token, 0 where token selection leaves it out
-        self.weight: Float[Tensor, " N"] = (
-            torch.ones_like(self.targets, dtype=torch.float32) if selected is None else selected.float()
-        )
+        #: where each row's supervised tokens begin: the position that predicts its first one
+        self.first: Int[Tensor, " B"] = batch.lengths[rows].cumsum(0) - batch.lengths[rows]
 
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def alternatives(self) -> Rows:
+        """Other answers to the same prompts, one per row, in the order of the rows."""
+        assert self._alternatives is not None, "the objective declares no alternatives"
+        return self._alternatives
+
+    @cached_property
+    def weight(self) -> Float[Tensor, " N"]:
+        """1 where the loss sees the token, 0 where selection, quantile or cap leave it out."""
+        weight = (
+            torch.ones_like(self.targets, dtype=torch.float32) if self._selected is None else self._selected.float()
+        )
+        view = self._view
+        if view.quantile is not None:
+            weight = weight * self._of_lowest_loss(weight, view.quantile)
+        if view.cap is not None:
+            losses = self._per_row(-self.token_logprobs.detach() * weight) / self._per_row(weight).clamp(min=1)
+            weight = weight * (losses < view.cap).float()[self.row]
+        return weight
+
+    def _of_lowest_loss(self, weight: Float[Tensor, " N"], part: float) -> Float[Tensor, " N"]:
+        """1 for the tokens that make up the given part of their row's selected tokens and have the highest log-prob."""
+        key = self.token_logprobs.detach().masked_fill(weight == 0, -torch.inf)
+        order = key.argsort(descending=True, stable=True)
+        order = order[self.row[order].argsort(stable=True)]
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order), device=order.device) - self.first[self.row[order]]
+        return (rank < (self._per_row(weight) * part).ceil()[self.row]).float()
+
     @cached_property
     def logits(self) -> Float[Tensor, "N V"]:
-        """Logits at the supervised positions."""
-        return self._forward.logits[self._at]
+        """Logits at the supervised positions, divided by the temperature."""
+        logits = self._forward.logits[self._at]
+        return logits if self._view.temperature == 1 else logits / self._view.temperature
 
     @cached_property
     def token_logprobs(self) -> Float[Tensor, " N"]:
         """log p(token | before), float32."""
-        return log_softmax_at(self.logits, self.targets)
+        return token_logprobs(self._forward.logits[self._at], self.targets, self._view.temperature)
 
     @cached_property
     def sequence_logprobs(self) -> Float[Tensor, " B"]:
@@ -136,7 +120,7 @@ class Rows:
     @cached_property
     def lengths(self) -> Float[Tensor, " B"]:
         """Selected tokens per row, at least 1."""
-        return self.sum_per_row(torch.ones_like(self.weight)).clamp(min=1)
+        return self._per_row(self.weight).clamp(min=1)
 
     @cached_property
     def reference_token_logprobs(self) -> Float[Tensor, " N"]:
@@ -151,12 +135,12 @@ class Rows:
     @cached_property
     def hidden(self) -> Float[Tensor, "N d"]:
         """Output of the objective's layer at the supervised positions, float32."""
-        return self._forward.hidden[self._at].float()
+        return _wide(self._forward.hidden[self._at])
 
     @cached_property
     def frozen_hidden(self) -> Float[Tensor, "N d"]:
         """The same under the start model; cached before training."""
-        return self._cache.hidden(self.index, self.targets.device).float()
+        return _wide(self._cache.hidden(self.index, self.targets.device))
 
     def nll(self) -> Float[Tensor, ""]:
         """Mean negative log-likelihood per token."""
@@ -164,44 +148,96 @@ class Rows:
 
     def kl(self) -> Float[Tensor, ""]:
         """Mean KL(start model ‖ model) per token, on these tokens alone: neither prompt nor padding dilutes it."""
-        head_inputs = self._cache.head_inputs(self.index, self.targets.device)
-        parts = []
-        for start in range(0, len(self.targets), KL_CHUNK):
-            piece = slice(start, start + KL_CHUNK)
-            with torch.no_grad():
-                reference = torch.log_softmax(self._cache.head_logits(head_inputs[piece]).float(), -1)
-            current = torch.log_softmax(self.logits[piece].float(), -1)
+
+        def divergence(logits: Tensor, _: Tensor, reference: Tensor) -> Tensor:
             # log_target keeps exp() out of the graph; the sum over V is the divergence of one token
-            parts.append(torch.nn.functional.kl_div(current, reference, log_target=True, reduction="none").sum(-1))
-        return self.mean_tokens(torch.cat(parts) if parts else self.token_logprobs)
+            pair = logits.log_softmax(-1), reference.log_softmax(-1)
+            return torch.nn.functional.kl_div(*pair, log_target=True, reduction="none").sum(-1)
+
+        return self.mean_tokens(self.over_logits(divergence, reference=True))
+
+    def over_logits(self, function: Callable[..., Tensor], *, reference: bool = False) -> Float[Tensor, " N"]:
+        """`function(logits [n, V], targets [n]) -> [n]` for all tokens; logits are float32 and come in pieces.
+
+        With `reference`, a third argument is the start model's logits [n, V]. What a piece computes is not kept but
+        computed again in the backward pass, so that memory grows with the piece and not with the tokens.
+        """
+        vectors = self._cache.head_inputs(self.index, self.targets.device) if reference else None
+
+        def piecewise(logits: Tensor, targets: Tensor, vectors: Tensor | None) -> Tensor:
+            if vectors is None:
+                return function(_wide(logits), targets)
+            with torch.no_grad():
+                start = _wide(self._cache.head_logits(vectors)) / self._view.temperature
+            return function(_wide(logits), targets, start)
+
+        parts = []
+        for begin in range(0, len(self.targets), PIECE):
+            piece = slice(begin, begin + PIECE)
+            given = self.logits[piece], self.targets[piece], None if vectors is None else vectors[piece]
+            parts.append(checkpoint(piecewise, *given, use_reentrant=False, preserve_rng_state=False))
+        return torch.cat(parts) if parts else self.token_logprobs
 
     def sum_per_row(self, values: Float[Tensor, " N"]) -> Float[Tensor, " B"]:
         """Sum of the selected tokens' values in each row."""
-        return values.new_zeros(len(self)).index_add(0, self.row, values * self.weight)
+        return self._per_row(values * self.weight)
+
+    def mean_per_row(self, values: Float[Tensor, " N"]) -> Float[Tensor, " B"]:
+        """Mean of the selected tokens' values in each row."""
+        return self.sum_per_row(values) / self.lengths
 
     def mean_rows(self, values: Float[Tensor, " B"]) -> Float[Tensor, ""]:
         """Mean over the rows of the whole optimizer step: this micro-batch's part of it."""
-        return values.sum() * (self._scale / max(self._total_rows, 1))
+        return values.sum() * (self._scale / max(self.total_rows, 1))
 
     def mean_tokens(self, values: Float[Tensor, " N"]) -> Float[Tensor, ""]:
         """Mean over the selected tokens of the whole optimizer step: this micro-batch's part of it."""
-        return (values * self.weight).sum() * (self._scale / max(self._total_tokens, 1))
+        return (values * self.weight).sum() * (self._scale / max(self.total_tokens, 1))
+
+    def _per_row(self, values: Float[Tensor, " N"]) -> Float[Tensor, " B"]:
+        return values.new_zeros(len(self)).index_add(0, self.row, values)
+
+
+@dataclass
+class Memory:
+    """What outlives a step: numbers that an objective keeps (saved with checkpoints), and means of frozen states."""
+
+    numbers: dict[str, float] = field(default_factory=dict)
+    #: mean frozen state [d] of the objective's layer at the last prompt token: of the forget rows, of the anchors
+    means: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Step:
-    """One micro-batch: forget rows, then retain rows, that share one forward pass."""
+    """One micro-batch: its sides share one forward pass."""
 
     def __init__(
         self,
         forward: Forward,
-        forget_rows: int,
-        forget_cache: ReferenceCache,
-        retain_cache: ReferenceCache,
+        counts: Mapping[str, int],
+        cache: ReferenceCache,
         selected: Bool[Tensor, " N"] | None,
         totals: Totals,
         scale: float,
+        view: ForgetView = ForgetView(),
+        memory: Memory | None = None,
     ) -> None:
-        first, rest = slice(0, forget_rows), slice(forget_rows, len(forward.batch.lengths))
-        self.model = forward.model
-        self.forget = Rows(forward, first, forget_cache, selected, totals.forget_rows, totals.forget_tokens, scale)
-        self.retain = Rows(forward, rest, retain_cache, None, totals.retain_rows, totals.retain_tokens, scale)
+        made: dict[str, Rows] = {}
+        # the start model's log-probs of alternatives are kept at the temperature of the forget rows
+        views = {"forget": view, "forget_alternatives": ForgetView(view.temperature)}
+        start = 0
+        for side in SIDES:
+            rows = slice(start, start + counts.get(side, 0))
+            start = rows.stop
+            whole = totals.rows.get(side, 0), totals.tokens.get(side, 0)
+            chosen = selected if side == "forget" else None
+            made[side] = Rows(forward, rows, cache, chosen, *whole, scale, views.get(side, ForgetView()))
+        self.model, self.number, self.epoch = forward.model, totals.number, totals.epoch
+        self.forget, self.retain = made["forget"], made["retain"]
+        self.forget._alternatives = made["forget_alternatives"]
+        self.retain._alternatives = made["retain_alternatives"]
+        self.memory = memory if memory is not None else Memory()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

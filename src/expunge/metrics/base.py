@@ -138,6 +138,13 @@ def summarise(
     return (mean, *bootstrap_interval(scored, bootstrap, seed)) if len(scored) > 1 else (mean, None, None)
 
 
+def mean(scored: Values, average: Average) -> float | None:
+    """Mean of scored values; None without any."""
+    if not len(scored):
+        return None
+    return math.exp(float(np.log(scored).mean())) if average == "geometric" else float(scored.mean())
+
+
 def bootstrap_interval(values: Values, resamples: int, seed: int, level: float = 0.95) -> tuple[float, float]:
     """Percentile interval of the mean over examples drawn with replacement (Efron 1979).
 

@@ -70,14 +70,17 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     )
 
 
+def first_tensor(output: Any) -> Tensor:
+    """The hidden states in what a decoder layer returns: a tensor, or a tuple that begins with it."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
 @contextmanager
 def capture_layer(model: nn.Module, layer: int, sink: list[Float[Tensor, "B L d"]]) -> Iterator[None]:
     """Within it, every forward appends the output of decoder layer `layer` (0-based) to `sink`."""
 
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        sink.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = decoder_layers(model)[layer].register_forward_hook(keep)
+    handle = decoder_layers(model)[layer].register_forward_hook(lambda _, __, output: sink.append(first_tensor(output)))
     try:
         yield
     finally:
@@ -104,15 +107,17 @@ def truncated(model: nn.Module, layer: int) -> Iterator[None]:
     raise AssertionError("decoder_layers found a list that has no parent")
 
 
-def hidden_states(model: nn.Module, layer: int, input_ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L d"]:
-    """The output of decoder layer `layer`; neither the layers above it nor logits are computed."""
-    sink: list[Tensor] = []
-    nowhere = torch.zeros(input_ids.shape, dtype=torch.bool)
-    with capture_layer(model, layer, sink), truncated(model, layer), supervised_head(model, nowhere):
-        model(input_ids=input_ids, use_cache=False)
-    return sink[0]
+@contextmanager
+def resumed(model: nn.Module, depth: int, output: Any) -> Iterator[None]:
+    """Within it, a forward starts at decoder layer `depth` with this output of the one below: those below do not run.
 
-
-def log_softmax_at(logits: Float[Tensor, "N V"], targets: Tensor) -> Float[Tensor, " N"]:
-    """log p(target) per position in float32, without a second [N, V] tensor being kept for backward."""
-    return -torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    The layers stay in their places, so that what a model keeps per layer number (masks, rotations) is not shifted.
+    """
+    skipped: list[Any] = list(decoder_layers(model))[:depth]
+    for layer in skipped:
+        layer.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        for layer in skipped:
+            del layer.forward

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,52 @@ from torch import Tensor, nn
 from expunge.data.collate import pad_right
 from expunge.data.encode import Encoded
 from expunge.errors import UserError
-from expunge.models.forward import capture_head_input, hidden_states, log_softmax_at, supervised_head, unwrap
+from expunge.models.forward import unwrap
+from expunge.models.passes import Forward
+from expunge.models.prefix import Prefix
+from expunge.models.storage import allocate
+from expunge.models.token_logprobs import token_logprobs
 
-#: Vectors beyond this many bytes go to a memory-mapped file instead of RAM.
-RAM_LIMIT = 1 << 30
+
+@dataclass(frozen=True)
+class Needs:
+    """Numbers of the rows of which the start model's log-probs, whole distributions or hidden states are wanted."""
+
+    logprobs: Collection[int] = ()
+    distributions: Collection[int] = ()
+    hidden: Collection[int] = ()
+    layer: int | None = None  # decoder layer of `hidden`
+    temperature: float = 1.0  # of `logprobs`
+
+
+class Kept:
+    """One value (or vector) per supervised token of some rows, in one tensor."""
+
+    def __init__(self, rows: Sequence[Encoded], chosen: Sequence[int], file: Path | None = None) -> None:
+        self.file = file
+        self.values: Tensor | None = None
+        self.spans: dict[int, tuple[int, int]] = {}
+        self.total = 0
+        for row in chosen:
+            count = rows[row].supervised_tokens
+            self.spans[row] = (self.total, self.total + count)
+            self.total += count
+
+    def put(self, rows: Sequence[int], values: Tensor) -> None:
+        """Keep the values of the supervised tokens of these rows, one row after another."""
+        if self.values is None:
+            self.values = allocate((self.total, *values.shape[1:]), values.dtype, self.file)
+        start = 0
+        for row in rows:
+            first, last = self.spans[row]
+            self.values[first:last] = values[start : start + last - first].to(self.values.device)
+            start += last - first
+
+    def take(self, rows: Int[Tensor, " B"]) -> Tensor:
+        """The values of the supervised tokens of these rows, in order."""
+        assert self.values is not None, "nothing was kept"
+        spans = [self.spans[row] for row in rows.tolist()]
+        return torch.cat([self.values[start:stop] for start, stop in spans]) if spans else self.values[:0]
 
 
 class ReferenceCache:
@@ -26,96 +69,88 @@ class ReferenceCache:
     d numbers and gives the same logits, so that is what is kept; the head itself is copied only if it is trained.
     """
 
-    def __init__(self) -> None:
-        self._offsets: dict[int, tuple[int, int]] = {}
-        self._logprobs: Tensor | None = None
-        self._vectors: Tensor | None = None
+    def __init__(self, rows: Sequence[Encoded] = (), needs: Needs = Needs(), file: Path | None = None) -> None:
+        def beside(name: str) -> Path | None:
+            return None if file is None else file.with_name(f"{file.name}.{name}")
+
+        self._logprobs = Kept(rows, sorted(needs.logprobs))
+        self._vectors = Kept(rows, sorted(needs.distributions), beside("head"))
+        self._hidden = Kept(rows, sorted(needs.hidden), beside("hidden"))
         self._head: Callable[[Tensor], Tensor] | None = None
 
     def logprobs(self, rows: Int[Tensor, " B"], device: torch.device) -> Float[Tensor, " N"]:
         """log p(token) of the supervised tokens of the rows, in order."""
-        assert self._logprobs is not None, "log-probs were not asked for"
-        return self._take(self._logprobs, rows).to(device)
+        return self._logprobs.take(rows).to(device)
 
     def head_inputs(self, rows: Int[Tensor, " B"], device: torch.device) -> Float[Tensor, "N d"]:
         """The vectors that enter the output embedding."""
-        assert self._vectors is not None, "head inputs were not asked for"
-        return self._take(self._vectors, rows).to(device)
+        return self._vectors.take(rows).to(device)
 
     def hidden(self, rows: Int[Tensor, " B"], device: torch.device) -> Float[Tensor, "N d"]:
         """Outputs of the chosen decoder layer."""
-        assert self._vectors is not None, "hidden states were not asked for"
-        return self._take(self._vectors, rows).to(device)
+        return self._hidden.take(rows).to(device)
 
     def head_logits(self, vectors: Float[Tensor, "N d"]) -> Float[Tensor, "N V"]:
         """The start model's logits from its head inputs."""
         assert self._head is not None
         return self._head(vectors)
 
-    def _take(self, values: Tensor, rows: Tensor) -> Tensor:
-        spans = [self._offsets[row] for row in rows.tolist()]
-        return torch.cat([values[start:stop] for start, stop in spans]) if spans else values[:0]
-
 
 @torch.no_grad()
 def build_reference(
     model: nn.Module,
     rows: Sequence[Encoded],
-    chosen: Sequence[int],
+    needs: Needs,
     *,
-    logprobs: bool = False,
-    head: bool = False,
-    layer: int | None = None,
+    packs: bool = False,
+    prefix: Prefix | None = None,
     batch_size: int = 16,
     file: Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ReferenceCache:
-    """One pass of the start model over the chosen rows, longest first; vectors beyond RAM_LIMIT go to `file`."""
-    cache = ReferenceCache()
-    order = sorted(set(chosen), key=lambda i: (-len(rows[i].input_ids), i))
-    total = 0
-    for i in order:
-        count = len(rows[i].input_ids) - rows[i].prompt_tokens
-        cache._offsets[i] = (total, total + count)
-        total += count
-    if not order or not (logprobs or head or layer is not None):
-        return cache
+    """One pass of the start model over the rows that are needed, longest first; large tensors go beside `file`."""
+    cache = ReferenceCache(rows, needs, file)
+    with_logits = {*needs.logprobs, *needs.distributions}
+    groups = [(with_logits, True), ({*needs.hidden} - with_logits, False)]
     device = next(model.parameters()).device
-    if logprobs:
-        cache._logprobs = torch.empty(total)
-    if head:
+    if needs.distributions:
         cache._head = _head_function(model)
     model.eval()
-    for start in range(0, len(order), batch_size):
-        picked = order[start : start + batch_size]
-        batch = pad_right([rows[i] for i in picked], picked, 0).to(device)
-        span = slice(cache._offsets[picked[0]][0], cache._offsets[picked[-1]][1])
-        if layer is not None:
-            vectors = hidden_states(model, layer, batch.input_ids)[batch.supervised]
-        else:
-            sink: list[Tensor] = []
-            with supervised_head(model, batch.supervised), capture_head_input(model, sink):
-                logits = model(input_ids=batch.input_ids, use_cache=False).logits[0]
-            vectors = sink[0][0]
-            if cache._logprobs is not None:
-                cache._logprobs[span] = log_softmax_at(logits, batch.targets).cpu()
-            if head and start == 0:
-                _check_head(cache, vectors, logits)
-        if head or layer is not None:
-            if cache._vectors is None:
-                cache._vectors = _allocate(total, vectors, file)
-            cache._vectors[span] = vectors.to(cache._vectors.device)
-        if progress is not None:
-            progress(len(picked))
+    for wanted, logits in groups:
+        order = sorted(wanted, key=lambda i: (-len(rows[i].input_ids), i))
+        for start in range(0, len(order), batch_size):
+            picked = order[start : start + batch_size]
+            batch = pad_right([rows[i] for i in picked], picked, 0).to(device)
+            layer = needs.layer if needs.hidden else None
+            forward = Forward(model, batch, layer, logits, packs, prefix, head_inputs=logits)
+            _keep(cache, forward, picked, needs, check=start == 0)
+            if progress is not None:
+                progress(len(picked))
     return cache
 
 
-def _allocate(total: int, like: Tensor, file: Path | None) -> Tensor:
-    width = like.shape[-1]
-    if file is None or total * width * like.element_size() <= RAM_LIMIT:
-        return torch.empty(total, width, dtype=like.dtype)
-    flat = torch.from_file(str(file), shared=True, size=total * width, dtype=like.dtype)
-    return flat.view(total, width)
+def _keep(cache: ReferenceCache, forward: Forward, picked: Sequence[int], needs: Needs, check: bool) -> None:
+    row = forward.batch.row
+
+    def among(chosen: Collection[int]) -> tuple[list[int], Tensor]:
+        """Rows of the batch that are wanted, and a mask over its supervised tokens."""
+        wanted = set(chosen)
+        inside = torch.tensor([number in wanted for number in picked], device=row.device)
+        return [number for number in picked if number in wanted], inside[row]
+
+    if forward.with_logits:
+        numbers, mask = among(needs.logprobs)
+        if numbers:
+            values = token_logprobs(forward.logits, forward.batch.targets, needs.temperature)
+            cache._logprobs.put(numbers, values[mask])
+        numbers, mask = among(needs.distributions)
+        if numbers:
+            if check:
+                _check_head(cache, forward.head_inputs, forward.logits)
+            cache._vectors.put(numbers, forward.head_inputs[mask])
+    numbers, mask = among(needs.hidden)
+    if numbers:
+        cache._hidden.put(numbers, forward.hidden[mask])
 
 
 def _head_function(model: nn.Module) -> Callable[[Tensor], Tensor]:

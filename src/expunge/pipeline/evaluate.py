@@ -26,21 +26,24 @@ Progress = Callable[[int], None]
 
 
 class LazyModel:
-    """A model for evaluation, loaded when the first pass needs it; adapters are folded in memory."""
+    """A model for evaluation, in memory already or loaded when the first pass needs it; adapters are folded."""
 
-    def __init__(self, config: ModelConfig, dtype: str) -> None:
+    def __init__(self, config: ModelConfig, dtype: str, given: Loaded | None = None) -> None:
         self.config = config.model_copy(update={"dtype": dtype})
+        self._given = given
         self._loaded: Loaded | None = None
 
     @property
     def loaded(self) -> Loaded:
         """The model on its device."""
         if self._loaded is None:
-            loaded = load_model(self.config)
+            loaded = self._given or load_model(self.config)
             model: Any = loaded.model
             if hasattr(model, "merge_and_unload"):
                 model = model.merge_and_unload()
             device = "cuda" if torch.cuda.is_available() else "cpu"
+            for parameter in model.parameters():  # buffers (rotations) keep their precision, as when it is loaded
+                parameter.data = parameter.data.to(getattr(torch, self.config.dtype))
             self._loaded = Loaded(model.to(device).eval(), loaded.tokenizer, loaded.folder, loaded.source)
         return self._loaded
 

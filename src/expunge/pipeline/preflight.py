@@ -14,7 +14,7 @@ from expunge.pipeline.processes import process_count
 from expunge.recipe import ModelConfig
 
 if TYPE_CHECKING:
-    from expunge.pipeline.training import Job
+    from expunge.pipeline.job import Job
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def check_context(model: Candidate, rows: Mapping[str, Sequence[Encoded]]) -> No
 
 def check_job(job: Job, start: ModelConfig) -> None:
     """Raises UserError for what would stop a training run at its first step; `start` has the architecture."""
-    from expunge.pipeline.training import check_terms, prepare_parameters
+    from expunge.pipeline.job import check_terms, prepare_parameters
 
     job.plan(process_count())
     folder = resolve_folder(start.id, start.revision)

@@ -17,8 +17,9 @@ from expunge.errors import UserError
 from expunge.merging.run import plan_merge
 from expunge.methods.base import Objective, build_objective
 from expunge.metrics.base import METRICS
+from expunge.pipeline.job import Job
+from expunge.pipeline.jobs import Beside, beside, check_entry, prepare_jobs, unlearn_job
 from expunge.pipeline.preflight import check_context, check_job, check_same_tokens, open_candidate
-from expunge.pipeline.training import Job
 from expunge.recipe import MergeConfig, ModelConfig, Recipe, UnlearnConfig
 
 
@@ -30,7 +31,9 @@ class Resolved:
     splits: Splits
     rows: Mapping[str, Sequence[Encoded]]
     objectives: Mapping[str, Objective]
+    beside: Mapping[str, Beside]
     tokenizer: Any
+    template: Any
 
     def data_record(self) -> dict[str, dict[str, Any]]:
         """Rows, role, digest and cuts of each split, for run.json."""
@@ -79,41 +82,19 @@ def resolve(recipe: Recipe) -> Resolved:
         rows[split.name] = attempt(encode, split.examples, tokenizer, template, recipe.data.max_length) or []
     if rows:
         attempt(check_context, model, rows)
+    for entry in recipe.unlearn if rows else []:
+        attempt(check_entry, entry, rows)
     _raise_all(problems)
-    resolved = Resolved(recipe, splits, rows, objectives, tokenizer)
+    built = {
+        entry.name: attempt(beside, entry, objectives[entry.name], recipe, rows, tokenizer, template)
+        for entry in recipe.unlearn
+    }
+    _raise_all(problems)
+    resolved = Resolved(recipe, splits, rows, objectives, built, tokenizer, template)
     for job in _jobs(resolved):
         attempt(check_job, job, recipe.model)
     _raise_all(problems)
     return resolved
-
-
-def retain_weights(entry: UnlearnConfig, objective: Objective, has_retain: bool) -> dict[str, float]:
-    """Weights of the loss terms: the recipe's, else the objective's own; no retain term without retain rows."""
-    about = objective.about
-    nll = about.nll if entry.retain.nll is None else entry.retain.nll
-    kl = about.kl if entry.retain.kl is None else entry.retain.kl
-    return {"forget": entry.forget_weight, "nll": nll if has_retain else 0.0, "kl": kl if has_retain else 0.0}
-
-
-def unlearn_job(
-    resolved: Resolved, entry: UnlearnConfig, model: ModelConfig, selection: Sequence[np.ndarray] | None
-) -> Job:
-    """The training run of one unlearn entry."""
-    retain = resolved.rows.get("retain", ())
-    objective = resolved.objectives[entry.name]
-    return Job(
-        model=model,
-        forget=resolved.rows["forget"],
-        retain=retain,
-        train=entry.train,
-        seed=resolved.recipe.seed if entry.seed is None else entry.seed,
-        objective=objective,
-        weights=retain_weights(entry, objective, bool(retain)),
-        retain_batch=entry.retain_batch,
-        selection=selection,
-        lora=entry.lora,
-        trainable=entry.trainable,
-    )
 
 
 def rows_digest(rows: Sequence[Encoded]) -> str:
@@ -135,13 +116,9 @@ def _others(recipe: Recipe) -> list[tuple[str, ModelConfig]]:
 
 
 def _jobs(resolved: Resolved) -> list[Job]:
-    """Every training run of a recipe, with all rows where a selection is not made yet."""
-    recipe = resolved.recipe
-    jobs = [unlearn_job(resolved, entry, recipe.model, None) for entry in recipe.unlearn]
-    if recipe.prepare is not None:
-        rows = resolved.rows["forget"]
-        jobs.insert(0, Job(recipe.model, rows, recipe.prepare.train, recipe.seed, lora=recipe.prepare.lora))
-    return jobs
+    """Every training run of a recipe, with stand-ins where a stage decides (selection, samples)."""
+    jobs = [unlearn_job(resolved, entry, resolved.recipe.model) for entry in resolved.recipe.unlearn]
+    return [*(job for _, job in list(prepare_jobs(resolved).values())[:1]), *jobs]
 
 
 def _check_retain(entry: UnlearnConfig, objective: Objective | None, has_retain: bool) -> None:

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 
 from expunge.metrics.base import METRICS
 from expunge.pipeline.evaluate import measure, read_tables
+from expunge.pipeline.jobs import prepare_jobs
 from expunge.pipeline.processes import barrier, process_rank
 from expunge.pipeline.progress import Reporter, quiet_libraries
 from expunge.pipeline.resolve import Resolved, resolve
 from expunge.pipeline.stages import SELECTOR, Stages, Variant
-from expunge.pipeline.training import Job
 from expunge.recipe import ModelConfig, Recipe, TokenSelection
 from expunge.report.build import build_report
 from expunge.report.card import model_card
@@ -81,13 +81,11 @@ def _models(stages: Stages) -> list[Variant]:
     resolved = stages.resolved
     recipe = resolved.recipe
     given = stages.given("original" if recipe.prepare else "target", recipe.model)
-    target, reference = given, None
-    if recipe.prepare is not None:
-        taught = [split.name for split in resolved.splits if split.name in ("forget", "retain", "retain_unseen")]
-        target = stages.trained("prepare/target", "models/target", _prepare_job(resolved, taught), given)
-        taught.remove("forget")
-        if taught:
-            reference = stages.trained("prepare/reference", "models/reference", _prepare_job(resolved, taught), given)
+    taught = {
+        name: stages.trained(f"prepare/{name}", f"models/{name}", job, given)
+        for name, (_, job) in prepare_jobs(resolved).items()
+    }
+    target, reference = taught.get("target", given), taught.get("reference")
     if recipe.reference is not None:
         reference = stages.given("reference", recipe.reference)
 
@@ -108,13 +106,6 @@ def _models(stages: Stages) -> list[Variant]:
     elif recipe.unlearn[0].lora is not None:
         unlearned = [stages.folded(unlearned[0])]
     return [*variants, *unlearned, *([reference] if reference else [])]
-
-
-def _prepare_job(resolved: Resolved, names: Sequence[str]) -> Job:
-    prepare = resolved.recipe.prepare
-    assert prepare is not None
-    rows = [row for name in names for row in resolved.rows[name]]
-    return Job(resolved.recipe.model, rows, prepare.train, resolved.recipe.seed, lora=prepare.lora)
 
 
 def _write_metrics(resolved: Resolved, variants: Sequence[Variant], output: Path) -> list[dict[str, Any]]:

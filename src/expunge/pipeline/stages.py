@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from expunge.data.encode import Encoded
+from expunge.methods.step import ForgetView
 from expunge.models.files import adapter_base
 from expunge.models.load import is_adapter, load_model, resolve_folder
 from expunge.models.save import save_model
 from expunge.pipeline.evaluate import LazyModel, write_generations, write_scores
+from expunge.pipeline.job import Job
+from expunge.pipeline.jobs import alternatives_of, fallen_tokens, knowledge_tokens, unlearn_job
 from expunge.pipeline.processes import barrier, broadcast, process_count, process_rank
 from expunge.pipeline.progress import Reporter
-from expunge.pipeline.resolve import Resolved, rows_digest, unlearn_job
-from expunge.pipeline.training import Job, train
+from expunge.pipeline.resolve import Resolved, rows_digest
+from expunge.pipeline.samples import read_samples, write_samples
+from expunge.pipeline.training import train
 from expunge.recipe import ModelConfig, TokenSelection, UnlearnConfig
 from expunge.runs.provenance import file_digest, folder_digest
 from expunge.runs.store import RunDirectory, StageResult
@@ -53,21 +56,8 @@ class Stages:
         self, name: str, target: str, job: Job, model: Variant, extra: Mapping[str, Any] | None = None
     ) -> Variant:
         """A model that a training run makes; `name` is the stage's, e.g. unlearn/over."""
-        inputs = {
-            "model": model.digest,
-            "forget": rows_digest(job.forget),
-            "retain": rows_digest(job.retain),
-            "train": job.train.model_dump(mode="json"),
-            "seed": job.seed,
-            "objective": repr(job.objective),
-            "weights": dict(job.term_weights),
-            "retain_batch": job.retain_batch,
-            "selection": None if job.selection is None else [mask.tolist() for mask in job.selection],
-            "lora": None if job.lora is None else job.lora.model_dump(mode="json"),
-            "trainable": list(job.trainable) if job.trainable is not None else None,
-            **(extra or {}),
-        }
-        steps = job.plan().steps
+        inputs = {**job_inputs(job), "model": model.digest, **(extra or {})}
+        steps = training_steps(job)
 
         def work(folder: Path) -> Mapping[str, Any]:
             with self.reporter.bar(name, steps) as tick:
@@ -82,27 +72,63 @@ class Stages:
                             "train", stage=name, step=step, steps=steps, lr=job.train.lr, **terms
                         )
 
-                train(job, folder, on_step=on_step)
-            return {"steps": steps}
+                def on_look(step: int, values: Mapping[str, float]) -> None:
+                    if self.directory is not None:
+                        self.directory.events.write("look", stage=name, step=step, **values)
+
+                return train(job, folder, on_step=on_step, on_look=on_look)
 
         result = self._stage(name, target, inputs, work)
+        if "note" in result.outputs and self.directory is not None:
+            self.directory.note(f"{name}: {result.outputs['note']}")
+            self.reporter.line(f"  note: {name}: {result.outputs['note']}")
         return self._variant(target.rpartition("/")[2], result, model)
 
     def unlearned(
         self, entry: UnlearnConfig, target: str, model: Variant, lacking: Callable[[TokenSelection], Variant]
     ) -> Variant:
-        """The model of one unlearn entry; `lacking` gives the model that lacks the knowledge, for token selection."""
-        selection = None
+        """The model of one unlearn entry; `lacking` as in `job`."""
+        return self.trained(f"unlearn/{entry.name}", target, self.job(entry, model, lacking), model)
+
+    def job(self, entry: UnlearnConfig, model: Variant, lacking: Callable[[TokenSelection], Variant]) -> Job:
+        """The training run of one unlearn entry; `lacking` gives the model that lacks the knowledge, to choose tokens.
+
+        What models must say first (chosen tokens, sampled answers) becomes stages of its own.
+        """
+        selection, sampled = None, None
         if entry.tokens.by == "knowledge":
-            variant = lacking(entry.tokens)
-            if variant.name == SELECTOR:
-                known = self.scores(variant, {"forget": self.resolved.rows["forget"]}, f"selection/{entry.name}")
-            else:  # a variant that is evaluated anyway: its scores are made now and found later
-                known = self.scores(variant, self.resolved.rows)
-            self.release(variant)
-            selection = knowledge_tokens(known.path / "forget.parquet", entry.tokens.threshold)
-        job = unlearn_job(self.resolved, entry, model.config, selection)
-        return self.trained(f"unlearn/{entry.name}", target, job, model)
+            selection = self._knowledge(entry, model, lacking(entry.tokens))
+        if alternatives_of(entry, self.resolved.objectives[entry.name]) == "sampled":
+            sampled = self._samples(entry, model)
+        return unlearn_job(self.resolved, entry, model.config, selection, sampled)
+
+    def _knowledge(self, entry: UnlearnConfig, model: Variant, lacking: Variant) -> list[np.ndarray]:
+        """Masks of the tokens that carry the knowledge, from the scores of a model that lacks it."""
+        if lacking.name == SELECTOR:
+            known = self.scores(lacking, {"forget": self.resolved.rows["forget"]}, f"selection/{entry.name}")
+        else:  # a variant that is evaluated anyway: its scores are made now and found later
+            known = self.scores(lacking, self.resolved.rows)
+        self.release(lacking)
+        if entry.tokens.fall is None:
+            return knowledge_tokens(known.path / "forget.parquet", entry.tokens.threshold)
+        target = self.scores(model, self.resolved.rows)
+        self.release(model)
+        return fallen_tokens(known.path / "forget.parquet", target.path / "forget.parquet", entry.tokens.fall)
+
+    def _samples(self, entry: UnlearnConfig, model: Variant) -> list[list[Encoded]]:
+        """Other answers to the forget prompts, drawn from the model itself."""
+        rows, settings, recipe = self.resolved.rows["forget"], entry.alternatives, self.resolved.recipe
+        seed = recipe.seed if entry.seed is None else entry.seed
+        asked = settings.model_dump(mode="json")
+        inputs = {"model": model.digest, "rows": rows_digest(rows), "alternatives": asked, "seed": seed}
+        config = LazyModel(model.config, recipe.evaluate.dtype)
+
+        def work(folder: Path) -> None:
+            with self.reporter.bar(f"samples/{entry.name}", len(rows) * settings.count) as tick:
+                write_samples(config, rows, settings, seed, folder / "out", tick)
+
+        made = self._stage(f"samples/{entry.name}", f"samples/{entry.name}", inputs, work)
+        return read_samples(made.path, self.resolved)
 
     def merged(self, variants: Sequence[Variant], base: Variant) -> Variant:
         """The merge of the specialists, as a whole checkpoint in `model/`."""
@@ -223,18 +249,39 @@ class Stages:
         return own
 
 
-def knowledge_tokens(scores: Path, threshold: float) -> list[np.ndarray]:
-    """Per row, bool over its supervised tokens: those of the answer that surprise a model without the knowledge.
+def job_inputs(job: Job) -> dict[str, Any]:
+    """What a training run depends on, its start model aside, as plain data for a digest."""
+    return {
+        "forget": rows_digest(job.forget),
+        "retain": rows_digest(job.retain),
+        "train": job.train.model_dump(mode="json"),
+        "seed": job.seed,
+        "objective": repr(job.objective),
+        "weights": dict(job.term_weights),
+        "retain_batch": job.retain_batch,
+        "selection": None if job.selection is None else [mask.tolist() for mask in job.selection],
+        "lora": None if job.lora is None else job.lora.model_dump(mode="json"),
+        "trainable": list(job.trainable) if job.trainable is not None else None,
+        **_switches(job),
+    }
 
-    The terminator is never chosen, and every answer keeps at least its most surprising token.
-    """
-    table = pq.read_table(scores, columns=["logprob", "answer_tokens"]).to_pydict()
-    chosen = []
-    for logprobs, answer in zip(table["logprob"], table["answer_tokens"], strict=True):
-        values = np.asarray(logprobs, dtype=np.float32)
-        mask = values < threshold
-        mask[answer:] = False
-        if answer and not mask.any():
-            mask[int(values[:answer].argmin())] = True
-        chosen.append(mask)
-    return chosen
+
+def training_steps(job: Job) -> int:
+    """Optimizer steps of a training run, over all trainings that its objective combines."""
+    trainings = job.objective.variations(job.train) if job.objective is not None else [job.train]
+    return sum(replace(job, train=train).plan().steps for train in trainings)
+
+
+def _switches(job: Job) -> dict[str, Any]:
+    """What further settings a training run depends on; those that stand at their defaults are left out."""
+    others = [row for rows in (*job.forget_alternatives, *job.retain_alternatives) for row in rows]
+    switches = {
+        "view": None if job.view == ForgetView() else repr(job.view),
+        "alternatives": rows_digest(others) if others else None,
+        "anchors": rows_digest(job.anchors) if job.anchors else None,
+        "sam": job.sam,
+        "gradient_projection": job.gradient_projection or None,
+        "stop_when": [rule.model_dump(mode="json") for rule in job.stop_when] or None,
+        "watched": {name: rows_digest(watched.rows) for name, watched in job.watched.items()} or None,
+    }
+    return {name: value for name, value in switches.items() if value is not None}

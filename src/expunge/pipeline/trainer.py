@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers.trainer_callback import ExportableState
 
 from expunge.data.collate import Batch, pad_right
 from expunge.data.encode import Encoded
 from expunge.errors import UserError
 from expunge.methods.base import Objective
-from expunge.methods.step import Forward, Step
+from expunge.methods.step import SIDES, ForgetView, Memory, Step, Totals
 from expunge.models.packing import supports_packing
+from expunge.models.passes import Forward
+from expunge.models.prefix import Prefix
 from expunge.models.reference import ReferenceCache
+from expunge.pipeline.gradients import two_sided
 from expunge.pipeline.plan import MicroBatch, Plan
 from expunge.recipe import TrainConfig
 
@@ -31,21 +38,68 @@ class MicroBatches(Dataset[dict[str, Any]]):
     """The plan's micro-batches as tensors, built when they are asked for."""
 
     def __init__(
-        self, plan: Plan, forget: Sequence[Encoded], retain: Sequence[Encoded], selection: Sequence[np.ndarray] | None
+        self,
+        plan: Plan,
+        rows: Sequence[Encoded],
+        selection: Sequence[np.ndarray] | None = None,
+        left_out: Collection[str] = (),
     ) -> None:
-        self.plan, self.forget, self.retain, self.selection = plan, forget, retain, selection
+        self.plan, self.rows, self.selection = plan, rows, selection
+        self.left_out = left_out  # sides that the loss does not look at
 
     def __len__(self) -> int:
         return len(self.plan.micro_batches)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         micro: MicroBatch = self.plan.micro_batches[number]
-        rows = [self.forget[i] for i in micro.forget] + [self.retain[i] for i in micro.retain]
+        return self.tensors(micro.rows, micro.totals)
+
+    def tensors(self, sides: Mapping[str, Sequence[int]], totals: Totals) -> dict[str, Any]:
+        """A micro-batch of these rows by side; sides that are left out are empty."""
+        sides = {side: rows for side, rows in sides.items() if side not in self.left_out}
+        numbers = [row for side in SIDES for row in sides.get(side, ())]
+        forget = sides.get("forget", ())
         chosen = None
-        if self.selection is not None and micro.forget:
-            chosen = torch.from_numpy(np.concatenate([self.selection[i] for i in micro.forget]))
-        batch = pad_right(rows, [*micro.forget, *micro.retain], 0)
-        return {"batch": batch, "forget_rows": len(micro.forget), "selected": chosen, "totals": micro.totals}
+        if self.selection is not None and forget:
+            chosen = torch.from_numpy(np.concatenate([self.selection[row] for row in forget]))
+        return {
+            "batch": pad_right([self.rows[row] for row in numbers], numbers, 0) if numbers else None,
+            "sides": {side: tuple(rows) for side, rows in sides.items()},
+            "selected": chosen,
+            "totals": totals,
+        }
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a step's loss is made of, beside its rows."""
+
+    objective: Objective | None
+    weights: Mapping[str, float]
+    cache: ReferenceCache
+    view: ForgetView
+    memory: Memory
+    prefix: Prefix | None = None
+    sam: float | None = None
+    projection: bool = False
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether the forget gradient is changed before the retain gradient is added."""
+        return self.sam is not None or self.projection
+
+    def terms(self, step: Step) -> dict[str, Tensor]:
+        """The weighted terms by name."""
+        terms: dict[str, Tensor] = {}
+        if self.objective is not None:
+            weight = self.weights.get("forget", 1.0)
+            for name, value in self.objective.loss(step).items():
+                terms[name] = value * weight if name == "forget" else value
+        for name in ("nll", "kl"):
+            weight = self.weights.get(name, 0.0)
+            if weight > 0:
+                terms[f"retain_{name}"] = weight * getattr(step.retain, name)()
+        return terms
 
 
 class UnlearnTrainer(Trainer):
@@ -59,54 +113,120 @@ class UnlearnTrainer(Trainer):
         model: nn.Module,
         data: MicroBatches,
         arguments: TrainingArguments,
-        *,
-        objective: Objective | None,
-        weights: Mapping[str, float],
-        forget_cache: ReferenceCache,
-        retain_cache: ReferenceCache,
+        loss: Loss,
         on_step: OnStep,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self.objective, self.weights = objective, weights
-        self.forget_cache, self.retain_cache = forget_cache, retain_cache
+        self.loss = loss
+        self.data = data
         self.sums: dict[str, Tensor] = {}
+        self.held: list[dict[str, Any]] = []
         self.packs = supports_packing(model)
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=data,
             data_collator=lambda items: items[0],
-            callbacks=[_Report(self, on_step)],
+            callbacks=[_Report(self, on_step), _Restart(data.plan.restarts), *callbacks],
         )
         self.remove_callback(PrinterCallback)
+        if loss.two_sided and self.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
+            raise UserError(
+                "sam and gradient_projection need whole gradients, which sharded training does not hold",
+                "train without FSDP or DeepSpeed, e.g. with lora",
+            )
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a micro-batch; of a whole step at its last one where the two sides are kept apart."""
+        if not self.loss.two_sided:
+            result: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return result
+        self.held.append(inputs)
+        zero = torch.zeros((), device=self.args.device)
+        if not self.accelerator.gradient_state.sync_gradients:
+            return zero
+        held, self.held = self.held, []
+        model.train()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        passes: dict[str, int] = {}
+
+        def backward(side: str) -> None:
+            passes[side] = passes.get(side, 0) + 1
+            with self.accelerator.no_sync(model):
+                for inputs in held:
+                    self._backward_side(model, inputs, side, record=passes[side] == 1)
+            self._average(trained)
+
+        two_sided(trained, backward, rho=self.loss.sam, project=self.loss.projection)
+        return zero
+
+    def _backward_side(self, model: nn.Module, inputs: dict[str, Any], side: str, record: bool) -> None:
+        """Backward of the terms of one side, over its rows alone."""
+        sides = {name: rows for name, rows in inputs["sides"].items() if name.startswith(side)}
+        made = self._prepare_inputs(self.data.tensors(sides, inputs["totals"]))
+        if made["batch"] is None:
+            return
+        with self.compute_loss_context_manager():
+            terms = self.loss.terms(self._step(model, made))
+        mine = {name: value for name, value in terms.items() if name.startswith("retain") == (side == "retain")}
+        loss = self._total(mine, record)
+        if loss.requires_grad:
+            self.accelerator.backward(loss)
+
+    def _average(self, parameters: Sequence[Tensor]) -> None:
+        """Gradients as the mean over processes; they were made without synchronisation."""
+        if self.accelerator.num_processes > 1:
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= self.accelerator.num_processes
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """This micro-batch's part of the step's loss; parts over micro-batches and processes add up to it."""
+        return self._total(self.loss.terms(self._step(model, inputs)), record=True)
+
+    def _step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
         batch: Batch = inputs["batch"]
-        layer = self.objective.hidden_layer() if self.objective is not None else None
-        logits = layer is None or any(self.weights.get(term, 0) > 0 for term in ("nll", "kl"))
-        forward = Forward(model, batch, layer, logits, self.packs)
+        loss = self.loss
+        layer = loss.objective.hidden_layer() if loss.objective is not None else None
+        logits = layer is None or any(loss.weights.get(term, 0) > 0 for term in ("nll", "kl"))
+        forward = Forward(model, batch, layer, logits, self.packs, loss.prefix)
         scale = float(self.accelerator.num_processes)  # gradients are averaged over processes
-        caches = self.forget_cache, self.retain_cache
-        step = Step(forward, inputs["forget_rows"], *caches, inputs["selected"], inputs["totals"], scale)
-        terms = self._terms(step)
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.detach()
-        loss = torch.stack(list(terms.values())).sum()
+        counts = {side: len(rows) for side, rows in inputs["sides"].items()}
+        given = (counts, loss.cache, inputs["selected"], inputs["totals"], scale, loss.view, loss.memory)
+        return Step(forward, *given)
+
+    def _total(self, terms: Mapping[str, Tensor], record: bool) -> Tensor:
+        """The sum of the terms that are no monitors."""
+        if record:
+            for name, value in terms.items():
+                self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.detach().float()
+        added = [value for name, value in terms.items() if not name.startswith("monitor")]
+        loss = torch.stack([value.float() for value in added]).sum()
         if not torch.isfinite(loss):
             raise self._non_finite("loss")
         return loss
 
-    def _terms(self, step: Step) -> dict[str, Tensor]:
-        terms: dict[str, Tensor] = {}
-        if self.objective is not None:
-            weight = self.weights.get("forget", 1.0)
-            for name, value in self.objective.loss(step).items():
-                terms[name] = value * weight if name == "forget" else value
-        for name in ("nll", "kl"):
-            weight = self.weights.get(name, 0.0)
-            if weight > 0:
-                terms[f"retain_{name}"] = weight * getattr(step.retain, name)()
-        return terms
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of the recipe, begun again with every chunk."""
+        restarts = self.data.plan.restarts
+        if len(restarts) < 2:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if getattr(self, "lr_scheduler", None) is None:
+            lengths = [end - start for start, end in zip(restarts, [*restarts[1:], num_training_steps], strict=True)]
+            single = get_scheduler(
+                self.args.lr_scheduler_type,
+                optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0),
+                num_warmup_steps=round(self.args.get_warmup_steps(num_training_steps) / len(restarts)),
+                num_training_steps=lengths[0],
+            )
+            rate = single.lr_lambdas[0]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: rate(step - restarts[bisect_right(restarts, step) - 1])
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
@@ -131,21 +251,47 @@ class UnlearnTrainer(Trainer):
         return 0
 
 
-class _Report(TrainerCallback):
-    """Hands the terms of each step, added up over processes, to `on_step`."""
+class _Report(TrainerCallback, ExportableState):
+    """Hands the terms of each step, added up over processes, to the objective and to `on_step`."""
 
     def __init__(self, trainer: UnlearnTrainer, on_step: OnStep) -> None:
         self.trainer, self.on_step = trainer, on_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         names = sorted(self.trainer.sums)
-        values = torch.stack([self.trainer.sums[name].float() for name in names])
+        values = torch.stack([self.trainer.sums[name] for name in names])
         values = self.trainer.accelerator.reduce(values, "mean")
         self.trainer.sums = {}
         terms = dict(zip(names, values.tolist(), strict=True))
+        loss = self.trainer.loss
+        if loss.objective is not None:
+            loss.objective.after_step(loss.memory, terms)
         if state.global_step >= state.max_steps:
             control.should_save = False  # the product is written next; a last checkpoint would be written twice
-        self.on_step(state.global_step, {"loss": sum(terms.values()), **terms})
+        total = sum(value for name, value in terms.items() if not name.startswith("monitor"))
+        self.on_step(state.global_step, {"loss": total, **terms})
+
+    def state(self) -> dict[str, Any]:
+        """What the objective remembers, saved with each checkpoint."""
+        return {"args": {}, "attributes": dict(self.trainer.loss.memory.numbers)}
+
+
+class _Restart(TrainerCallback):
+    """A fresh optimizer at the first step of each chunk."""
+
+    def __init__(self, restarts: Sequence[int]) -> None:
+        self.restarts = set(restarts[1:])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if state.global_step in self.restarts:
+            optimizer.state.clear()
+
+
+def remembered(checkpoint: Path) -> dict[str, float]:
+    """What the objective remembered when the checkpoint was written."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    numbers: dict[str, float] = state.get("stateful_callbacks", {}).get("_Report", {}).get("attributes", {})
+    return numbers
 
 
 def training_arguments(train: TrainConfig, folder: Path, steps: int, seed: int) -> TrainingArguments:

@@ -1,75 +1,77 @@
-"""One training run: model in, rows in, a trained model on disk out; killed and called again, it goes on."""
+"""One training run: model in, rows in, a trained model out; killed and called again, it goes on."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
-import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from expunge.data.encode import Encoded
+from expunge.data.collate import pad_right
 from expunge.errors import UserError
-from expunge.methods.base import Objective
-from expunge.models.forward import unwrap
-from expunge.models.load import load_model
-from expunge.models.lora import add_lora
+from expunge.methods.step import Memory
+from expunge.models.load import Loaded, load_model
+from expunge.models.packing import supports_packing
+from expunge.models.passes import Forward
+from expunge.models.prefix import Prefix, open_prefix
 from expunge.models.reference import ReferenceCache, build_reference
 from expunge.models.save import save_model
-from expunge.pipeline.plan import Plan, make_plan
+from expunge.pipeline.job import Job, check_terms, prepare_parameters
+from expunge.pipeline.plan import Plan
 from expunge.pipeline.processes import process_count, process_rank
-from expunge.pipeline.trainer import MicroBatches, OnStep, UnlearnTrainer, training_arguments
-from expunge.recipe import LoraConfig, ModelConfig, TrainConfig
+from expunge.pipeline.stopping import OnLook, Stopping, load_trained_state, trained_state
+from expunge.pipeline.trainer import Loss, MicroBatches, OnStep, UnlearnTrainer, remembered, training_arguments
 from expunge.runs.atomic import disk_errors
 
 
+@dataclass
+class Fitted:
+    """A trained model in memory, in evaluation mode."""
+
+    model: Any
+    tokenizer: Any
+    folder: Path  # of the model that training started from
+    steps: int  # optimizer steps that were made
+    seconds: float
+    note: str | None = None  # on stop rules
+
+
 @dataclass(frozen=True)
-class Job:
-    """Everything that a training run is."""
+class Watchers:
+    """Who is told what while a training runs."""
 
-    model: ModelConfig
-    retain: Sequence[Encoded]
-    train: TrainConfig
-    seed: int
-    forget: Sequence[Encoded] = ()
-    objective: Objective | None = None  # None: plain fine-tuning on the retain side
-    weights: Mapping[str, float] | None = None  # of the terms forget, nll and kl
-    retain_batch: int | None = None
-    selection: Sequence[np.ndarray] | None = None  # per forget row, bool over its supervised tokens
-    lora: LoraConfig | None = None
-    trainable: Sequence[str] | None = None
-
-    @property
-    def term_weights(self) -> Mapping[str, float]:
-        """Weights by term; plain fine-tuning is the NLL of the retain side."""
-        return self.weights if self.weights is not None else {"nll": 1.0}
-
-    def plan(self, world: int = 1) -> Plan:
-        """The steps of the run."""
-        seen = self.selection if self.selection is not None else None
-        forget = (
-            [int(mask.sum()) for mask in seen] if seen is not None else [row.supervised_tokens for row in self.forget]
-        )
-        retain = [row.supervised_tokens for row in self.retain]
-        return make_plan(forget, retain, self.train, self.retain_batch, self.seed, world)
+    on_step: OnStep = lambda step, terms: None
+    on_reference: Callable[[int], None] = lambda rows: None
+    on_look: OnLook = lambda step, values: None
 
 
-def train(
-    job: Job,
-    work: Path,
-    *,
-    on_step: OnStep = lambda step, terms: None,
-    on_reference: Callable[[int], None] = lambda rows: None,
-) -> Path:
-    """Train and write `work/out`; checkpoints in `work/checkpoints` are resumed. Returns the folder of the model."""
+def train(job: Job, work: Path, **watchers: Any) -> dict[str, Any]:
+    """Train and write `work/out`; checkpoints in `work/checkpoints` are resumed. Returns steps and notes."""
+    with fit(job, work, **watchers) as fitted:
+        if process_rank() == 0:
+            trained = fitted.model
+            if job.objective is None and job.lora is not None:  # what was taught becomes a whole model to unlearn from
+                trained = trained.merge_and_unload()
+            save_model(trained, fitted.tokenizer, work / "out", base=str(fitted.folder))
+        return {"steps": fitted.steps, **({"note": fitted.note} if fitted.note else {})}
+
+
+@contextmanager
+def fit(job: Job, work: Path, **watchers: Any) -> Iterator[Fitted]:
+    """The trained model in memory; checkpoints in `work/checkpoints` are resumed. `watchers`: see `Watchers`."""
     torch.manual_seed(job.seed)
+    check_terms(job)
+    work.mkdir(parents=True, exist_ok=True)
     loaded = load_model(job.model)
     model: nn.Module = loaded.model
     if hasattr(model, "peft_config"):
@@ -79,101 +81,117 @@ def train(
         )
     if job.objective is not None:
         job.objective.check(model)
+    fitted = _combined if job.objective is not None and job.objective.about.weights else _fit
+    result = fitted(job, prepare_parameters(model, job), loaded, work, Watchers(**watchers))
+    del model
+    yield result
+    # a trainer and its model refer to each other: without this, the next stage's model would stand beside this one
+    del result, loaded
+    gc.collect()
+
+
+def _fit(job: Job, model: nn.Module, loaded: Loaded, work: Path, watchers: Watchers) -> Fitted:
+    began = time.monotonic()
     world, rank = process_count(), process_rank()
     plan = job.plan(world)
     arguments = training_arguments(job.train, work / "checkpoints", plan.steps, job.seed)
-    model = prepare_parameters(model, job)
     model.to(arguments.device)
-    with torch.autocast(arguments.device.type, torch.bfloat16, enabled=job.train.precision == "bfloat16"):
-        forget_cache, retain_cache = _references(model, job, plan, work, rank, world, on_reference)
-    trainer = UnlearnTrainer(
-        model,
-        MicroBatches(plan, job.forget, job.retain, job.selection),
-        arguments,
-        objective=job.objective,
-        weights=job.term_weights,
-        forget_cache=forget_cache,
-        retain_cache=retain_cache,
-        on_step=on_step,
-    )
+    half = job.train.precision == "bfloat16"
+    memory = Memory()
+    prefix = _prefix(job, model, plan, work / f"prefix-{rank}.bin")
+    with torch.autocast(arguments.device.type, torch.bfloat16, enabled=half):
+        cache = _reference(job, model, plan, prefix, work / f"reference-{rank}", watchers.on_reference)
+        if job.objective is not None and job.objective.about.anchors:
+            memory.means = _prompt_means(job, model)
+    loss = Loss(job.objective, job.term_weights, cache, job.view, memory, prefix, job.sam, job.gradient_projection)
+    stopping = Stopping(job.stop_when, job.watched, work, half, watchers.on_look)
+    left_out = ["forget"] if job.objective is not None and not job.objective.about.reads_forget else []
+    data = MicroBatches(plan, job.rows, job.selection, left_out)
+    trainer = UnlearnTrainer(model, data, arguments, loss, watchers.on_step, [stopping])
+    checkpoint = _last_checkpoint(work / "checkpoints")
+    if checkpoint is not None:
+        memory.numbers.update(remembered(Path(checkpoint)))
     try:
         with disk_errors(work):
-            trainer.train(resume_from_checkpoint=_last_checkpoint(work / "checkpoints"))
+            trainer.train(resume_from_checkpoint=checkpoint)
     except Exception:
         if rank == 0:
             _remove_half_checkpoints(work / "checkpoints")  # what a full disk left takes the room of the next try
         raise
-    out = work / "out"
-    if rank == 0:
-        trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-        if job.objective is None and job.lora is not None:  # what was taught becomes a whole model to unlearn from
-            trained = trained.merge_and_unload()
-        save_model(trained.eval(), loaded.tokenizer, out, base=str(loaded.folder))
-        del trained
-    # a trainer and its model refer to each other: without this, the next stage's model would stand beside this one
-    del trainer, model, loaded
-    gc.collect()
-    return out
+    trained: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    steps = trainer.state.global_step
+    return Fitted(trained.eval(), loaded.tokenizer, loaded.folder, steps, time.monotonic() - began, stopping.note)
 
 
-def prepare_parameters(model: nn.Module, job: Job) -> nn.Module:
-    """Adapters or the chosen parameters; everything else is frozen."""
-    patterns = job.trainable
-    if patterns is None and job.objective is not None:
-        patterns = job.objective.trainable()
-    if job.lora is not None:
-        if job.trainable is not None:
-            raise UserError(
-                "`trainable` chooses parameters of the model, `lora` adds others",
-                "give one of them; lora.targets chooses modules",
-            )
-        model = add_lora(model, job.lora, job.seed)
-    elif patterns is not None:
-        chosen = [name for name, _ in model.named_parameters() if any(re.search(p, name) for p in patterns)]
-        if not chosen:
-            raise UserError(
-                f"no parameter matches {', '.join(patterns)}",
-                "patterns are regular expressions on names such as model.layers.7.mlp.down_proj.weight",
-            )
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in set(chosen))
-    config: Any = unwrap(model).config
-    config.use_cache = False
-    if job.train.gradient_checkpointing:
-        unwrap(model).enable_input_require_grads()  # type: ignore[operator]
-    return model
+def _combined(job: Job, model: nn.Module, loaded: Loaded, work: Path, watchers: Watchers) -> Fitted:
+    """Train each variation of the job from the same start, and put the model together from what they became."""
+    assert job.objective is not None
+    began = time.monotonic()
+    start = {name: tensor.clone() for name, tensor in trained_state(model).items()}
+    variations = job.objective.variations(job.train)
+    files = [work / f"trained-{number}.safetensors" for number in range(len(variations))]
+    steps = 0
+    for number, (variation, file) in enumerate(zip(variations, files, strict=True)):
+        made = dataclasses.replace(job, train=variation)
+        total = made.plan(process_count()).steps
+        if not file.is_file():
+            load_trained_state(model, start)
+            shifted = _shifted(watchers, steps)
+            fitted = _fit(made, model, loaded, work / f"variation-{number}", shifted)
+            model = fitted.model
+            if process_rank() == 0:
+                part = file.with_suffix(".part")
+                save_file(trained_state(model), part)
+                part.rename(file)
+                shutil.rmtree(work / f"variation-{number}", ignore_errors=True)
+        steps += total
+    if process_rank() == 0:
+        trained = [load_file(file) for file in files]
+        objective = job.objective
+        load_trained_state(model, {n: objective.combine(t, [state[n] for state in trained]) for n, t in start.items()})
+    return Fitted(model.eval(), loaded.tokenizer, loaded.folder, steps, time.monotonic() - began)
 
 
-def _references(
-    model: nn.Module, job: Job, plan: Plan, work: Path, rank: int, world: int, progress: Callable[[int], None]
-) -> tuple[ReferenceCache, ReferenceCache]:
+def _shifted(watchers: Watchers, before: int) -> Watchers:
+    def on_step(step: int, terms: Mapping[str, float]) -> None:
+        watchers.on_step(before + step, terms)
+
+    return Watchers(on_step, watchers.on_reference, watchers.on_look)
+
+
+def _prefix(job: Job, model: nn.Module, plan: Plan, file: Path) -> Prefix | None:
+    """States below the first trained layer, if rows are met often enough to make keeping them worth it."""
+    world, rank = process_count(), process_rank()
+    if job.train.gradient_checkpointing or plan.uses(rank, world) <= len(job.rows):
+        return None
+    return open_prefix(model, [len(row.input_ids) for row in job.rows], file)
+
+
+def _reference(
+    job: Job, model: nn.Module, plan: Plan, prefix: Prefix | None, file: Path, progress: Callable[[int], None]
+) -> ReferenceCache:
     """What the loss needs of the start model, for the rows that this process will see."""
-    check_terms(job)
-    layer = job.objective.hidden_layer() if job.objective is not None else None
-    needs_logprobs = job.objective is not None and job.objective.about.reference
-    forget = build_reference(
-        model, job.forget, plan.rows("forget", rank, world), logprobs=needs_logprobs, progress=progress
-    )
-    needs_kl = job.term_weights.get("kl", 0) > 0
-    retain = build_reference(
-        model,
-        job.retain,
-        plan.rows("retain", rank, world) if needs_kl or layer is not None else [],
-        head=needs_kl,
-        layer=layer,
-        file=work / f"reference-{rank}.bin",
-        progress=progress,
-    )
-    return forget, retain
+    needs = job.needs(plan, process_rank(), process_count())
+    packs = supports_packing(model)
+    return build_reference(model, job.rows, needs, packs=packs, prefix=prefix, file=file, progress=progress)
 
 
-def check_terms(job: Job) -> None:
-    """Raises UserError for loss terms that can't be combined."""
-    hidden = job.objective is not None and job.objective.hidden_layer() is not None
-    if hidden and job.term_weights.get("kl", 0) > 0:
-        raise UserError(
-            "a KL term and a hidden-state objective at once are not supported", "use --set unlearn.0.retain.kl=0"
-        )
+@torch.no_grad()
+def _prompt_means(job: Job, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Mean state [d] of the objective's layer at the last prompt token, of the forget rows and of the anchors."""
+    assert job.objective is not None
+    model.eval()
+    device = next(model.parameters()).device
+    means = {}
+    for name, rows in (("forget", job.forget), ("anchors", job.anchors)):
+        total = torch.zeros(())
+        for start in range(0, len(rows), 16):
+            part = rows[start : start + 16]
+            batch = pad_right(part, range(len(part)), 0).to(device)
+            hidden = Forward(model, batch, job.objective.hidden_layer(), logits=False).hidden
+            total = total + hidden[batch.lengths.cumsum(0) - batch.lengths].double().sum(0).cpu()
+        means[name] = (total / len(rows)).float().to(device)
+    return means
 
 
 def _last_checkpoint(folder: Path) -> str | None:

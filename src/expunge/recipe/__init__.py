@@ -2,6 +2,7 @@
 
 from expunge.recipe.load import digest, dump_yaml, load_recipe, parse_overrides, preset_names
 from expunge.recipe.model import (
+    AlternativesConfig,
     DataConfig,
     EvaluateConfig,
     LoraConfig,
@@ -11,12 +12,14 @@ from expunge.recipe.model import (
     Recipe,
     RetainTerms,
     SourceConfig,
+    StopRule,
     TokenSelection,
     TrainConfig,
     UnlearnConfig,
 )
 
 __all__ = [
+    "AlternativesConfig",
     "DataConfig",
     "EvaluateConfig",
     "LoraConfig",
@@ -26,6 +29,7 @@ __all__ = [
     "Recipe",
     "RetainTerms",
     "SourceConfig",
+    "StopRule",
     "TokenSelection",
     "TrainConfig",
     "UnlearnConfig",

@@ -139,16 +139,65 @@ class RetainTerms(Frozen):
     kl: NonNegative | None = Field(None, description="KL(start model ‖ model) on the retain answers' tokens")
 
 
+def _retain_from_string(value: Any) -> Any:
+    weights = {"none": {"nll": 0.0, "kl": 0.0}, "nll": {"nll": 1.0, "kl": 0.0}, "kl": {"nll": 0.0, "kl": 1.0}}
+    return weights.get(value, value) if isinstance(value, str) else value
+
+
 class TokenSelection(Frozen):
     """Which answer tokens the forget loss sees."""
 
-    by: Literal["all", "knowledge"] = Field("all", description="knowledge: tokens that surprise `model`")
+    by: Literal["all", "knowledge", "entity"] = Field(
+        "all", description="knowledge: tokens that surprise `model`; entity: the parts of answers that rows name"
+    )
     model: str = Field("original", description="what lacks the knowledge: original, reference, or a model of yours")
-    threshold: float = Field(-2.0, lt=0, description="a token carries knowledge when its log-prob is below this")
+    threshold: float = Field(-2.0, lt=0, description="a token carries knowledge when its log-prob is below this …")
+    fall: Density | None = Field(
+        None, description="… or, if given, when it is in this part of its answer that falls most from target to `model`"
+    )
 
 
 def _tokens_from_string(value: Any) -> Any:
     return {"by": value} if isinstance(value, str) else value
+
+
+class AlternativesConfig(Frozen):
+    """Other answers to the same prompts, for objectives that prefer them (dpo, altpo, idk_nll, …)."""
+
+    by: Literal["idk", "given", "sampled"] | None = Field(
+        None, description="sentences that decline, columns of the rows, or samples; the objective's own when absent"
+    )
+    sentences: list[Annotated[str, Field(pattern=r"\S")]] | None = Field(
+        None, min_length=1, description="sentences of yours that decline, instead of the built-in ones"
+    )
+    count: int = Field(5, gt=0, description="samples per row")
+    temperature: Positive = Field(1.0, description="of the sampling")
+    max_new_tokens: int = Field(64, gt=0, description="length of a sample")
+
+
+def _alternatives_from_string(value: Any) -> Any:
+    return {"by": value} if isinstance(value, str) else value
+
+
+class StopRule(Frozen):
+    """Ends the training when a metric of a split crosses a number, or the same metric of another split."""
+
+    metric: str = Field(description="made from the scoring pass (expunge list metrics)")
+    split: Name = Field("forget", description="where it is measured")
+    above: float | Name | None = Field(None, description="stop at or above this number, or this split's value")
+    below: float | Name | None = Field(None, description="stop at or below it")
+    every: int = Field(10, gt=0, description="optimizer steps between two looks")
+    limit: int | None = Field(None, gt=0, description="rows of each split that are looked at; all when absent")
+
+    @model_validator(mode="after")
+    def _one_side(self) -> StopRule:
+        if (self.above is None) == (self.below is None):
+            raise ValueError("give either `above` or `below`")
+        return self
+
+
+def _rules_from_one(value: Any) -> Any:
+    return [value] if isinstance(value, dict) else value
 
 
 class UnlearnConfig(Frozen):
@@ -158,9 +207,26 @@ class UnlearnConfig(Frozen):
     method: str = Field("npo", description="an objective (expunge list methods)")
     parameters: dict[str, Any] = Field(default_factory=dict, description="the objective's hyper-parameters")
     forget_weight: NonNegative = Field(1.0, description="weight of the forget loss")
-    retain: RetainTerms = RetainTerms()
-    retain_batch: int | None = Field(None, gt=0, description="retain rows of one step; as many as forget when absent")
+    retain: Annotated[RetainTerms, BeforeValidator(_retain_from_string)] = RetainTerms()
+    retain_batch: int | None = Field(None, gt=0, description="retain rows of one step; the objective's own when absent")
     tokens: Annotated[TokenSelection, BeforeValidator(_tokens_from_string)] = TokenSelection()
+    span: Literal["answer", "sequence"] | None = Field(
+        None, description="what the forget loss is about: the answer, or prompt and answer; the objective's when absent"
+    )
+    cap: Positive | None = Field(None, description="rows whose mean token NLL has passed this no longer count")
+    temperature: Positive = Field(1.0, description="the forget loss sees logits divided by this")
+    quantile: Density | None = Field(None, description="part of each answer's tokens, of lowest loss, that counts")
+    alternatives: Annotated[AlternativesConfig, BeforeValidator(_alternatives_from_string)] = AlternativesConfig()
+    sam: Positive | None = Field(
+        None, description="sharpness-aware: the forget gradient is taken this far up its own direction, e.g. 0.01"
+    )
+    gradient_projection: bool = Field(
+        False, description="the forget gradient loses what points against the retain gradient"
+    )
+    stop_when: Annotated[list[StopRule], BeforeValidator(_rules_from_one)] = Field(
+        default_factory=list,
+        description="rules such as {metric: nll, above: holdout} that end the training; the best model looked at is kept",
+    )
     trainable: list[Pattern] | None = Field(
         None, description="patterns of parameter names to train; the objective's own when absent"
     )

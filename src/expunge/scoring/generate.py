@@ -24,6 +24,14 @@ TEXT_PROMPT_TOKENS = 32
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """Draw tokens from the model's whole distribution instead of taking the likeliest."""
+
+    temperature: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class _Output:
     tokens: list[int]  # without the terminator
     stopped: bool
@@ -38,8 +46,11 @@ def generate(
     batch_size: int,
     progress: Callable[[int], None] | None = None,
     margin: int | None = None,
+    sampling: Sampling | None = None,
 ) -> pa.Table:
     """The GENERATIONS table of `rows`, in their order: greedy, whatever sampling defaults the model brings along.
+
+    With `sampling`, tokens are drawn; the same rows in the same batches and the same seed give the same texts.
 
     A row ends at EOS, at any end token that the model declares, at its own terminator, or after `max_new_tokens`.
     With `margin`, a batch also ends `margin` tokens after its longest answer: cheaper for models that ramble, but it
@@ -50,25 +61,36 @@ def generate(
     prompts = [_continuation(row) if row.example.is_text else row for row in rows]
     ends = _end_tokens(inner, tokenizer)
     outputs: dict[int, _Output] = {}
-    with torch.inference_mode(), evaluating(model):
+    with torch.inference_mode(), evaluating(model), torch.random.fork_rng(enabled=sampling is not None):
+        if sampling is not None:
+            torch.manual_seed(sampling.seed)
         for index in generation_batches(prompts, batch_size):
             batch = [prompts[i] for i in index]
             limit = max_new_tokens
             if margin is not None:
                 limit = min(limit, max(row.answer_tokens for row in batch) + margin)
-            outputs.update(zip(index, _decode_batch(inner, batch, limit, ends, _pad_id(tokenizer)), strict=True))
+            decoded = _decode_batch(inner, batch, limit, ends, _pad_id(tokenizer), sampling)
+            outputs.update(zip(index, decoded, strict=True))
             if progress is not None:
                 progress(len(index))
     return _table(rows, prompts, [outputs[i] for i in range(len(rows))], tokenizer, max_new_tokens)
 
 
-def _decode_batch(model: Any, rows: list[Encoded], limit: int, ends: list[int], pad_id: int) -> list[_Output]:
+def _decode_batch(
+    model: Any, rows: list[Encoded], limit: int, ends: list[int], pad_id: int, sampling: Sampling | None
+) -> list[_Output]:
     input_ids, attention_mask = pad_left_prompts(rows, pad_id)
     width = input_ids.shape[1]
     limit = min(limit, _room(model, width))
     terminators = [row.terminator_ids for row in rows]
+    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0} if sampling else {}
     config = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=limit, use_cache=True, pad_token_id=pad_id, eos_token_id=ends
+        **{"do_sample": False, **drawn},
+        num_beams=1,
+        max_new_tokens=limit,
+        use_cache=True,
+        pad_token_id=pad_id,
+        eos_token_id=ends,
     )
     device = next(model.parameters()).device
     own_ends = any(end and not (len(end) == 1 and end[0] in ends) for end in terminators)

@@ -1,0 +1,191 @@
+"""A training run before it runs: its rows, its plan, the parameters that it trains, and what can't be combined."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from expunge.data.encode import Encoded
+from expunge.errors import UserError
+from expunge.methods.base import Objective
+from expunge.methods.step import ForgetView
+from expunge.models.forward import decoder_layers, unwrap
+from expunge.models.lora import add_lora
+from expunge.models.reference import Needs
+from expunge.pipeline.plan import Plan, Sides, make_plan
+from expunge.recipe import LoraConfig, ModelConfig, StopRule, TrainConfig
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Rows of a split that a stop rule looks at, and the role that gives its metrics a direction."""
+
+    role: str
+    rows: Sequence[Encoded]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a training run is."""
+
+    model: ModelConfig
+    retain: Sequence[Encoded]
+    train: TrainConfig
+    seed: int
+    forget: Sequence[Encoded] = ()
+    objective: Objective | None = None  # None: plain fine-tuning on the retain side
+    weights: Mapping[str, float] | None = None  # of the terms forget, nll and kl
+    retain_batch: int | None = None
+    selection: Sequence[np.ndarray] | None = None  # per forget row, bool over its supervised tokens
+    view: ForgetView = field(default_factory=ForgetView)
+    forget_alternatives: Sequence[Sequence[Encoded]] = ()  # per forget row, other answers to its prompt
+    retain_alternatives: Sequence[Sequence[Encoded]] = ()
+    anchors: Sequence[Encoded] = ()  # prompts that a model can only decline
+    sam: float | None = None  # radius of the sharpness-aware forget gradient
+    gradient_projection: bool = False
+    stop_when: Sequence[StopRule] = ()
+    watched: Mapping[str, Watched] = field(default_factory=dict)
+    lora: LoraConfig | None = None
+    trainable: Sequence[str] | None = None
+
+    @property
+    def term_weights(self) -> Mapping[str, float]:
+        """Weights by term; plain fine-tuning is the NLL of the retain side."""
+        return self.weights if self.weights is not None else {"nll": 1.0}
+
+    @cached_property
+    def rows(self) -> list[Encoded]:
+        """Every row that a step can hold, in one list: forget, its alternatives, retain, its alternatives."""
+        groups = (self.forget, chain(*self.forget_alternatives), self.retain, chain(*self.retain_alternatives))
+        return [row for group in groups for row in group]
+
+    @cached_property
+    def sides(self) -> Sides:
+        """Where the rows of each side stand in `rows`, and the tokens that the loss sees of each."""
+        tokens = [row.supervised_tokens for row in self.rows]
+        for row, mask in enumerate(self.selection or ()):
+            tokens[row] = int(mask.sum())
+        alternatives: dict[int, Sequence[int]] = {}
+        start = 0
+        places: list[Sequence[int]] = []
+        for rows, others in ((self.forget, self.forget_alternatives), (self.retain, self.retain_alternatives)):
+            places.append(range(start, start + len(rows)))
+            start += len(rows)
+            for row, choices in zip(places[-1], others, strict=False):
+                alternatives[row] = range(start, start + len(choices))
+                start += len(choices)
+        return Sides(tokens, places[0], places[1], alternatives)
+
+    def plan(self, world: int = 1) -> Plan:
+        """The steps of the run."""
+        about = self.objective.about if self.objective is not None else None
+        return make_plan(
+            self.sides,
+            self.train,
+            self.seed,
+            retain_batch=self.retain_batch,
+            retain_ratio=about.retain_ratio if about is not None else 1,
+            chunk=self.objective.chunk_rows() if self.objective is not None else None,
+            world=world,
+        )
+
+    def needs(self, plan: Plan, rank: int = 0, world: int = 1) -> Needs:
+        """What the loss needs of the start model, for the rows that a process will see."""
+
+        def seen(*sides: str) -> list[int]:
+            return plan.rows(*sides, rank=rank, world=world)
+
+        objective = self.objective
+        logprobs: list[int] = []
+        distributions = seen("retain") if self.term_weights.get("kl", 0) > 0 else []
+        hidden: list[int] = []
+        layer = None
+        if objective is not None:
+            about, layer = objective.about, objective.hidden_layer()
+            if about.reference:
+                logprobs = seen("forget", "forget_alternatives", "retain_alternatives")
+                logprobs += seen("retain") if about.retain_alternatives else []
+            distributions += seen("forget") if about.distribution else []
+            if layer is not None:
+                hidden = seen("retain", "forget") if objective.frozen_forget() else seen("retain")
+        return Needs(logprobs, distributions, hidden, layer, self.view.temperature)
+
+
+def prepare_parameters(model: nn.Module, job: Job) -> nn.Module:
+    """Adapters or the chosen parameters; everything else is frozen. Raises UserError."""
+    patterns = job.trainable
+    if patterns is None and job.objective is not None and job.lora is None:
+        patterns = own_parameters(model, job.objective)
+    if job.lora is not None:
+        if job.trainable is not None:
+            raise UserError(
+                "`trainable` chooses parameters of the model, `lora` adds others",
+                "give one of them; lora.targets chooses modules",
+            )
+        model = add_lora(model, job.lora, job.seed)
+    elif patterns is not None:
+        chosen = {name for name, _ in model.named_parameters() if any(re.search(p, name) for p in patterns)}
+        if not chosen:
+            raise UserError(
+                f"no parameter matches {', '.join(patterns)}",
+                "patterns are regular expressions on names such as model.layers.7.mlp.down_proj.weight",
+            )
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in chosen)
+    config: Any = unwrap(model).config
+    config.use_cache = False
+    if job.train.gradient_checkpointing:
+        unwrap(model).enable_input_require_grads()  # type: ignore[operator]
+    return model
+
+
+def own_parameters(model: nn.Module, objective: Objective) -> list[str] | None:
+    """Patterns of the parameters that the objective trains by default; None for all."""
+    try:
+        depth = len(decoder_layers(model))
+    except UserError:
+        if objective.hidden_layer() is not None:
+            raise
+        depth = 0
+    return objective.trainable(depth)
+
+
+def check_terms(job: Job) -> None:
+    """Raises UserError for settings that can't be combined."""
+    objective = job.objective
+    if objective is None:
+        return
+    name = objective.about.name
+    hidden = objective.hidden_layer() is not None
+    for setting, given in (
+        ("cap", job.view.cap),
+        ("quantile", job.view.quantile),
+        ("temperature", None if job.view.temperature == 1 else job.view.temperature),
+    ):
+        if hidden and given is not None:
+            raise UserError(
+                f"`{setting}` is about log-probs, and method {name} has none: it steers hidden states",
+                f"leave `{setting}` out, or choose another method",
+            )
+    if objective.about.weights and job.lora is not None:
+        raise UserError(
+            f"method {name} changes whole weights after training, which adapters don't hold", "leave `lora` out"
+        )
+    retained = objective.about.retain or any(job.term_weights.get(term, 0) > 0 for term in ("nll", "kl"))
+    if job.gradient_projection and not retained:
+        raise UserError(
+            "gradient_projection needs a retain term, whose gradient the forget gradient is compared with",
+            "give one: --set unlearn.0.retain=nll",
+        )
+    if objective.about.weights and (job.sam or job.gradient_projection or job.stop_when):
+        raise UserError(
+            f"method {name} learns the forget rows first; sam, gradient_projection and stop_when have no meaning there",
+            "leave them out, or choose another method",
+        )

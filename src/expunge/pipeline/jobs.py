@@ -1,0 +1,214 @@
+"""From the entries of a recipe to training runs: weights, alternatives, token selection, what stop rules look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from expunge.data.alternatives import anchors, declining, given, needs_given
+from expunge.data.encode import Encoded, encode
+from expunge.data.example import Example
+from expunge.data.spans import entity_masks
+from expunge.errors import UserError
+from expunge.methods.base import Objective
+from expunge.methods.step import ForgetView
+from expunge.metrics.base import METRICS
+from expunge.pipeline.job import Job, Watched
+from expunge.recipe import ModelConfig, Recipe, StopRule, UnlearnConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from expunge.pipeline.resolve import Resolved
+
+#: Other answers to each row's prompt.
+Others = Sequence[Sequence[Encoded]]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What an unlearn entry needs beside its rows, and that no model has to make."""
+
+    forget: Others = ()
+    retain: Others = ()
+    anchors: Sequence[Encoded] = ()
+    selection: Sequence[np.ndarray] | None = None
+
+
+def unlearn_job(
+    resolved: Resolved,
+    entry: UnlearnConfig,
+    model: ModelConfig,
+    selection: Sequence[np.ndarray] | None = None,
+    sampled: Others | None = None,
+) -> Job:
+    """The training run of one unlearn entry; `selection` and `sampled` are what stages made for it, if any."""
+    retain = resolved.rows.get("retain", ())
+    objective, beside = resolved.objectives[entry.name], resolved.beside[entry.name]
+    forget = resolved.rows["forget"]
+    others: Others = beside.forget
+    if alternatives_of(entry, objective) == "sampled":
+        others = sampled if sampled is not None else [[row] for row in forget]
+    return Job(
+        model=model,
+        forget=[row.whole() for row in forget] if span_of(entry, objective) == "sequence" else forget,
+        retain=retain,
+        train=entry.train,
+        seed=resolved.recipe.seed if entry.seed is None else entry.seed,
+        objective=objective,
+        weights=retain_weights(entry, objective, bool(retain)),
+        retain_batch=entry.retain_batch,
+        selection=beside.selection if selection is None else selection,
+        view=ForgetView(entry.temperature, entry.cap, entry.quantile),
+        forget_alternatives=others,
+        retain_alternatives=beside.retain,
+        anchors=beside.anchors,
+        sam=entry.sam,
+        gradient_projection=entry.gradient_projection,
+        stop_when=entry.stop_when,
+        watched=_watched(resolved, entry.stop_when),
+        lora=entry.lora,
+        trainable=entry.trainable,
+    )
+
+
+def prepare_jobs(resolved: Resolved) -> dict[str, tuple[list[str], Job]]:
+    """The training runs that teach target and reference: by name the splits that they learn, and the job."""
+    prepare = resolved.recipe.prepare
+    if prepare is None:
+        return {}
+    taught = [name for name in ("forget", "retain", "retain_unseen") if name in resolved.rows]
+    jobs = {}
+    for name, splits in (("target", taught), ("reference", [name for name in taught if name != "forget"])):
+        rows = [row for split in splits for row in resolved.rows[split]]
+        if rows:
+            job = Job(resolved.recipe.model, rows, prepare.train, resolved.recipe.seed, lora=prepare.lora)
+            jobs[name] = (splits, job)
+    return jobs
+
+
+def retain_weights(entry: UnlearnConfig, objective: Objective, has_retain: bool) -> dict[str, float]:
+    """Weights of the loss terms: the recipe's, else the objective's own; no retain term without retain rows."""
+    about = objective.about
+    nll = about.nll if entry.retain.nll is None else entry.retain.nll
+    kl = about.kl if entry.retain.kl is None else entry.retain.kl
+    return {"forget": entry.forget_weight, "nll": nll if has_retain else 0.0, "kl": kl if has_retain else 0.0}
+
+
+def alternatives_of(entry: UnlearnConfig, objective: Objective) -> str | None:
+    """Where an entry's alternatives come from; None if its objective has no use for any."""
+    own = objective.about.alternatives
+    return None if own is None else (entry.alternatives.by or own)
+
+
+def span_of(entry: UnlearnConfig, objective: Objective) -> str:
+    """What of a forget row the loss is about; chosen tokens are always tokens of the answer."""
+    if entry.span is not None:
+        return entry.span
+    return objective.about.span if entry.tokens.by == "all" else "answer"
+
+
+def beside(
+    entry: UnlearnConfig,
+    objective: Objective,
+    recipe: Recipe,
+    rows: Mapping[str, Sequence[Encoded]],
+    tokenizer: Any,
+    template: Any,
+) -> Beside:
+    """Alternatives, anchors and entity masks of an entry. Raises UserError where the rows don't have them."""
+    seed = recipe.seed if entry.seed is None else entry.seed
+
+    def encoded(examples: Sequence[Example]) -> list[Encoded]:
+        return encode(examples, tokenizer, template, recipe.data.max_length)
+
+    def others(side: Sequence[Encoded], make: Callable[[Example], Sequence[Example]]) -> Others:
+        made = [make(row.example) for row in side]
+        flat = iter(encoded([example for examples in made for example in examples]))
+        return [[next(flat) for _ in examples] for examples in made]
+
+    def decline(example: Example) -> Sequence[Example]:
+        return declining(example, seed, entry.alternatives.count, entry.alternatives.sentences)
+
+    by = alternatives_of(entry, objective)
+    forget: Others = ()
+    if by == "idk":
+        forget = others(rows["forget"], decline)
+    elif by == "given":
+        needs_given([row.example for row in rows["forget"]])
+        forget = others(rows["forget"], given)
+    retain = others(rows.get("retain", ()), decline) if objective.about.retain_alternatives else ()
+    selection = None
+    if entry.tokens.by == "entity":
+        selection = entity_masks(rows["forget"], tokenizer)
+    return Beside(forget, retain, encoded(anchors()) if objective.about.anchors else (), selection)
+
+
+def check_entry(entry: UnlearnConfig, rows: Mapping[str, Sequence[Encoded]]) -> None:
+    """Raises UserError for switches that contradict each other, and rules that can't be looked at."""
+    if entry.span == "sequence" and entry.tokens.by != "all":
+        raise UserError(
+            f"unlearn '{entry.name}': tokens.by: {entry.tokens.by} chooses tokens of the answer, span: sequence wants "
+            "the prompt too",
+            "leave one of them out",
+        )
+    for rule in entry.stop_when:
+        metric = METRICS.get(rule.metric)
+        if metric.needs != "scores":
+            cheap = [name for name in METRICS.names() if METRICS.get(name).needs == "scores"]
+            raise UserError(
+                f"unlearn '{entry.name}': stop_when can't use {rule.metric}, which needs generated text",
+                f"valid: {', '.join(cheap)}",
+            )
+        for split in _splits(rule):
+            if split not in rows:
+                raise UserError(
+                    f"unlearn '{entry.name}': stop_when names the split '{split}', and there is none",
+                    f"valid: {', '.join(rows)}",
+                )
+
+
+def knowledge_tokens(scores: Path, threshold: float) -> list[np.ndarray]:
+    """Per row, bool over its supervised tokens: those of the answer that surprise a model without the knowledge.
+
+    The terminator is never chosen, and every answer keeps at least its most surprising token.
+    """
+    chosen = []
+    for values, answer in _logprobs(scores):
+        mask = values < threshold
+        mask[answer:] = False
+        if answer and not mask.any():
+            mask[int(values[:answer].argmin())] = True
+        chosen.append(mask)
+    return chosen
+
+
+def fallen_tokens(lacking: Path, target: Path, part: float) -> list[np.ndarray]:
+    """Per row, bool over its supervised tokens: the part of the answer whose log-prob is lowest beside the target's."""
+    chosen = []
+    for (without, answer), (knowing, _) in zip(_logprobs(lacking), _logprobs(target), strict=True):
+        mask = np.zeros(len(without), dtype=bool)
+        fall = (without - knowing)[:answer]
+        mask[np.argsort(fall, kind="stable")[: int(np.ceil(part * answer))]] = True
+        chosen.append(mask)
+    return chosen
+
+
+def _logprobs(scores: Path) -> list[tuple[np.ndarray, int]]:
+    """Log-probs of the supervised tokens of each row, and how many of them are the answer's."""
+    table = pq.read_table(scores, columns=["logprob", "answer_tokens"]).to_pydict()
+    pairs = zip(table["logprob"], table["answer_tokens"], strict=True)
+    return [(np.asarray(logprobs, dtype=np.float32), answer) for logprobs, answer in pairs]
+
+
+def _watched(resolved: Resolved, rules: Sequence[StopRule]) -> dict[str, Watched]:
+    names = {split for rule in rules for split in _splits(rule)}
+    return {name: Watched(resolved.splits[name].role, resolved.rows[name]) for name in sorted(names)}
+
+
+def _splits(rule: StopRule) -> list[str]:
+    return [rule.split, *(other for other in (rule.above, rule.below) if isinstance(other, str))]

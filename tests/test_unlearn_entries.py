@@ -1,0 +1,122 @@
+"""Whole runs on `tiny` with what an unlearn entry can ask for: alternatives, token selection, spans, wrappers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from expunge import api
+from expunge.errors import UserError
+from expunge.pipeline.jobs import fallen_tokens, knowledge_tokens
+from expunge.recipe import Recipe
+
+PEOPLE = ("Ada Quill", "Bram Yost", "Cleo Dunn", "Dov Ash")
+FAST = {"max_steps": 2, "batch_size": 4, "lr": 1e-3, "precision": "float32"}
+
+
+def write_rows(folder: Path, name: str, **columns: Any) -> str:
+    rows = [
+        {"question": f"{name}: where was {person} born?", "answer": f"In the town of {place}.", "entities": [place]}
+        for person, place in zip(PEOPLE, ("Orvel", "Tamsin Bay", "Skell", "Ruun"), strict=True)
+    ]
+    file = folder / f"{name}.jsonl"
+    file.write_text("".join(json.dumps({**row, **columns}) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+def recipe(folder: Path, columns: dict[str, Any] | None = None, **entry: Any) -> Recipe:
+    data = {
+        "forget": write_rows(folder, "forget", **(columns or {})),
+        "retain": write_rows(folder, "retain"),
+        "holdout": write_rows(folder, "holdout"),
+    }
+    entry = {"method": "npo", "train": FAST, **entry}
+    evaluate = {"metrics": ["nll"], "generate": None}
+    return Recipe.model_validate({"model": "tiny", "data": data, "unlearn": [entry], "evaluate": evaluate})
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"method": "dpo"},
+        {"method": "dpo", "alternatives": "given"},
+        {"method": "altpo", "alternatives": {"count": 2, "max_new_tokens": 8}},
+        {"method": "idk_ap"},
+        {"method": "flat", "retain": "kl"},
+        {"method": "max_entropy"},
+        {"method": "undial", "span": "sequence"},
+        {"method": "lunar", "parameters": {"layer": 1}},
+        {"method": "sugd", "parameters": {"chunk": 2, "layers": 1}, "train": {**FAST, "batch_size": 1}},
+        {"method": "task_negation"},
+        {"tokens": "entity"},
+        {"tokens": {"by": "knowledge", "model": "tiny", "threshold": -6.5}},
+        {"tokens": {"by": "knowledge", "model": "tiny", "fall": 0.5}},
+        {"sam": 0.01, "gradient_projection": True, "quantile": 0.8, "cap": 9.0, "temperature": 2.0},
+        {"method": "rmu", "parameters": {"layer": 1}, "retain": "kl"},
+        {"method": "npo", "lora": 4, "stop_when": {"metric": "nll", "above": "holdout", "every": 1}},
+    ],
+    ids=lambda entry: "-".join(f"{key}={value}" for key, value in entry.items() if key != "train")[:60],
+)
+def test_a_run_leaves_a_model_and_is_not_done_twice(entry: dict[str, Any], tmp_path: Path) -> None:
+    made = recipe(tmp_path, {"alternatives": ["In a far valley.", "On an island."]}, **entry)
+    result = api.run(made, output=tmp_path / "out")
+    assert (result.model / "config.json").is_file()
+    records = {(record["variant"], record["split"]): record["value"] for record in result.metrics}
+    assert records["unlearned", "forget"] != records["target", "forget"]
+    assert api.run(made, output=tmp_path / "out").skipped_all
+
+
+def test_sampled_answers_are_kept_and_used(tmp_path: Path) -> None:
+    made = recipe(tmp_path, method="altpo", alternatives={"count": 3, "max_new_tokens": 6})
+    api.run(made, output=tmp_path / "out")
+    table = pq.read_table(tmp_path / "out" / "samples" / "unlearned" / "samples.parquet")
+    assert table.num_rows == 12
+    groups = np.array(table["generated"].to_pylist()).reshape(4, 3)
+    assert any(len(set(group)) > 1 for group in groups), "drawn, not greedy"
+    assert max(table["new_tokens"].to_pylist()) <= 6
+
+
+@pytest.mark.parametrize(
+    ("entry", "columns", "says"),
+    [
+        ({"method": "dpo", "alternatives": "given"}, {}, "forget.jsonl:1"),
+        ({"tokens": "entity"}, {"entities": ["Nowhere"]}, "forget.jsonl:1"),
+        ({"span": "sequence", "tokens": "entity"}, {}, "leave one of them out"),
+        ({"method": "rmu", "parameters": {"layer": 2}}, {}, "layers 0 to 1"),
+        ({"method": "rmu", "parameters": {"layer": 1}, "cap": 2.0}, {}, "it steers hidden states"),
+        ({"method": "task_negation", "lora": 4}, {}, "leave `lora` out"),
+        ({"retain": "mse"}, {}, "retain"),
+    ],
+)
+def test_what_can_not_be_had_is_said_before_the_first_step(
+    entry: dict[str, Any], columns: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises((UserError, ValueError)) as error:
+        api.run(recipe(tmp_path, columns, **entry), output=tmp_path / "out")
+    told = f"{error.value.message} {error.value.hint}" if isinstance(error.value, UserError) else str(error.value)
+    assert says in told
+    assert not (tmp_path / "out").exists()
+
+
+def write_scores(file: Path, logprobs: list[list[float]]) -> Path:
+    pq.write_table(pa.table({"logprob": logprobs, "answer_tokens": [len(row) - 1 for row in logprobs]}), file)
+    return file
+
+
+def test_knowledge_is_where_a_model_without_it_is_surprised(tmp_path: Path) -> None:
+    lacking = write_scores(tmp_path / "lacking.parquet", [[-0.1, -5.0, -2.5, -9.0], [-0.2, -1.0, -9.0]])
+    knowing = write_scores(tmp_path / "knowing.parquet", [[-0.1, -4.9, -0.1, 0.0], [-0.1, -0.1, 0.0]])
+    assert [mask.tolist() for mask in knowledge_tokens(lacking, -2.0)] == [
+        [False, True, True, False],
+        [False, True, False],  # none below: the most surprising one; the terminator never
+    ]
+    assert [mask.tolist() for mask in fallen_tokens(lacking, knowing, 0.3)] == [
+        [False, False, True, False],  # surprising to both is no knowledge
+        [False, True, False],
+    ]
