@@ -34,6 +34,10 @@ from expunge.recipe import TrainConfig
 OnStep = Callable[[int, Mapping[str, float]], None]
 
 
+class DivergedError(UserError):
+    """A loss or a gradient is not finite any more."""
+
+
 class MicroBatches(Dataset[dict[str, Any]]):
     """The plan's micro-batches as tensors, built when they are asked for."""
 
@@ -234,11 +238,11 @@ class UnlearnTrainer(Trainer):
             raise self._non_finite("gradient")
         return norm
 
-    def _non_finite(self, what: str) -> UserError:
+    def _non_finite(self, what: str) -> DivergedError:
         step = self.state.global_step + 1
         last = step - 1 - (step - 1) % self.args.save_steps
         kept = f"the checkpoint of step {last} is kept" if last else "no checkpoint had been written yet"
-        return UserError(
+        return DivergedError(
             f"the {what} is not finite at step {step}; training has stopped, {kept}",
             "lower train.lr, or set train.precision=float32",
         )

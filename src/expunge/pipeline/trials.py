@@ -18,6 +18,7 @@ from expunge.pipeline.job import Job
 from expunge.pipeline.processes import process_count
 from expunge.pipeline.resolve import rows_digest
 from expunge.pipeline.stages import Stages, Variant, job_inputs, training_steps
+from expunge.pipeline.trainer import DivergedError
 from expunge.pipeline.training import fit
 from expunge.runs.atomic import write_json
 
@@ -100,8 +101,6 @@ def _train(job: Job, folder: Path, scored: Callable[[Loaded], None], tick: Tick)
         with fit(job, folder, on_step=on_step) as fitted:
             scored(Loaded(fitted.model, fitted.tokenizer, fitted.folder, job.model.id))
             return {"steps": fitted.steps, **({"note": fitted.note} if fitted.note else {})}
-    except UserError as error:
-        if "is not finite at step" not in error.message:  # anything else is the user's to mend
-            raise
+    except DivergedError as error:  # anything else is the user's to mend
         (folder / "out").mkdir(exist_ok=True)
         return {"steps": last, "failed": error.message}
