@@ -68,7 +68,7 @@ def test_every_command_is_there_and_has_help(capsys):
 
     from expunge.cli.app import app
 
-    wanted = {"demo", "run", "unlearn", "eval", "merge", "report", "runs", "init", "data", "list", "doctor"}
+    wanted = {"demo", "run", "unlearn", "eval", "merge", "study", "report", "runs", "init", "data", "list", "doctor"}
     commands = get_command(app).commands
     assert set(commands) == wanted
     for name in wanted:

@@ -226,6 +226,7 @@ def test_what_an_objective_remembers_survives_a_kill(name: str, tmp_path: Path) 
         ("rmu", {"view": ForgetView(cap=2.0)}, "`cap` is about log-probs"),
         ("rmu", {"view": ForgetView(temperature=2.0)}, "`temperature` is about log-probs"),
         ("task_negation", {"lora": LoraConfig(rank=4)}, "changes whole weights"),
+        ("task_negation", {"weights": {"nll": 1.0}}, "would subtract what a retain term taught"),
         ("task_negation", {"sam": 0.1}, "learns the forget rows first"),
         ("grad_ascent", {"gradient_projection": True}, "needs a retain term"),
     ],

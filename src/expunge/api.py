@@ -12,6 +12,7 @@ from expunge.recipe import ModelConfig, Recipe, load_recipe, parse_overrides
 
 if TYPE_CHECKING:
     from expunge.pipeline.run import RunResult
+    from expunge.studies.base import StudyResult
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 
@@ -149,6 +150,22 @@ def merge(
     return made.path
 
 
+def study(
+    name: str,
+    *,
+    output: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+    **options: Any,
+) -> StudyResult:
+    """A published experiment over many trials (`expunge list studies NAME` has its options); it can be interrupted."""
+    from expunge.pipeline.progress import Reporter
+    from expunge.studies.base import run_study
+
+    place = Path(output) if output is not None else Path("runs") / name
+    return run_study(name, options, place, overrides, Reporter(quiet=quiet))
+
+
 def _recipe(recipe: RecipeLike, overrides: Sequence[str]) -> Recipe:
     if isinstance(recipe, Recipe):
         return load_recipe(recipe.model_dump(mode="json"), overrides=overrides) if overrides else recipe
@@ -172,4 +189,4 @@ def _output(recipe: Recipe, output: str | Path | None) -> Path:
     return path
 
 
-__all__ = ["Plan", "demo", "evaluate", "merge", "plan", "run", "unlearn"]
+__all__ = ["Plan", "demo", "evaluate", "merge", "plan", "run", "study", "unlearn"]

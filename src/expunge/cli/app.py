@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import expunge
-from expunge.cli import data, demo, doctor, evaluate, init, list_, merge, report, run, runs, unlearn
+from expunge.cli import data, demo, doctor, evaluate, init, list_, merge, report, run, runs, study, unlearn
 from expunge.errors import UserError
 
 DONE, BUG, USER_ERROR, INTERRUPTED, TERMINATED, BROKEN_PIPE = 0, 1, 2, 130, 143, 141
@@ -32,6 +32,7 @@ app.command()(run.run)
 app.command()(unlearn.unlearn)
 app.command("eval")(evaluate.evaluate)
 app.command()(merge.merge)
+app.add_typer(study.app, name="study")
 app.command()(report.report)
 app.command()(runs.runs)
 app.command()(init.init)

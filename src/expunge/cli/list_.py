@@ -17,6 +17,7 @@ REGISTRIES = {
     "attacks": ("expunge.attacks.registry", "ATTACKS"),
     "benchmarks": ("expunge.data.registry", "BENCHMARKS"),
     "formats": ("expunge.data.registry", "FORMATS"),
+    "studies": ("expunge.studies.base", "STUDIES"),
 }
 KINDS = (*REGISTRIES, "presets")
 
@@ -35,13 +36,18 @@ def list_(
         _print_all(kind, entries, json_)
         return
     if name not in entries:
-        raise UserError(f"unknown {kind[:-1]} '{name}'", did_you_mean(name, entries))
+        raise UserError(f"unknown {singular(kind)} '{name}'", did_you_mean(name, entries))
     if json_:
         print_json({"name": name, **entries[name]})
         return
     print(name)
     for label, text in entries[name].items():
         print(f"  {label}: {text}" if "\n" not in text else f"  {label}:\n{_indented(text)}")
+
+
+def singular(kind: str) -> str:
+    """`methods` is method, `studies` is study."""
+    return kind.removesuffix("ies") + "y" if kind.endswith("ies") else kind.removesuffix("s")
 
 
 def described(kind: str) -> dict[str, dict[str, str]]:

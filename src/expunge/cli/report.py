@@ -13,8 +13,14 @@ def report(run: Annotated[Path, typer.Argument(help="run directory (expunge runs
     from rich.console import Console
 
     from expunge.report.build import build_report
+    from expunge.report.studies import build_study_report
+    from expunge.report.study_document import holds_study, read_study
     from expunge.report.terminal import closing_table
 
-    path = build_report(run)
-    Console().print(closing_table(run))
+    if holds_study(run):
+        path = build_study_report(run)
+        typer.echo(read_study(run).answer)
+    else:
+        path = build_report(run)
+        Console().print(closing_table(run))
     typer.echo(f"report: {path}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -87,7 +87,7 @@ class Job:
         """The steps of the run."""
         about = self.objective.about if self.objective is not None else None
         return make_plan(
-            self.sides,
+            self.sides if self.reads_retain else replace(self.sides, retain=()),
             self.train,
             self.seed,
             retain_batch=self.retain_batch,
@@ -95,6 +95,16 @@ class Job:
             chunk=self.objective.chunk_rows() if self.objective is not None else None,
             world=world,
         )
+
+    @property
+    def reads_retain(self) -> bool:
+        """Whether any term of the loss is about retain rows."""
+        return self.objective is None or self.objective.about.retain or self.has_retain_term
+
+    @property
+    def has_retain_term(self) -> bool:
+        """Whether a retain term is added to the objective."""
+        return any(self.term_weights.get(term, 0) > 0 for term in ("nll", "kl"))
 
     def needs(self, plan: Plan, rank: int = 0, world: int = 1) -> Needs:
         """What the loss needs of the start model, for the rows that a process will see."""
@@ -178,8 +188,12 @@ def check_terms(job: Job) -> None:
         raise UserError(
             f"method {name} changes whole weights after training, which adapters don't hold", "leave `lora` out"
         )
-    retained = objective.about.retain or any(job.term_weights.get(term, 0) > 0 for term in ("nll", "kl"))
-    if job.gradient_projection and not retained:
+    if objective.about.weights and job.has_retain_term:
+        raise UserError(
+            f"method {name} subtracts what it learns, and would subtract what a retain term taught too",
+            "leave the retain terms out: --set unlearn.0.retain=none",
+        )
+    if job.gradient_projection and not job.reads_retain:
         raise UserError(
             "gradient_projection needs a retain term, whose gradient the forget gradient is compared with",
             "give one: --set unlearn.0.retain=nll",

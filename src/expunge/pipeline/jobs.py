@@ -122,6 +122,11 @@ def beside(
 ) -> Beside:
     """Alternatives, anchors and entity masks of an entry. Raises UserError where the rows don't have them."""
     seed = recipe.seed if entry.seed is None else entry.seed
+    if objective.about.anchors and entry.span == "sequence":
+        raise UserError(
+            f"unlearn '{entry.name}': method {entry.method} starts at the end of the prompt, span: sequence before it",
+            "leave `span` out",
+        )
 
     def encoded(examples: Sequence[Example]) -> list[Encoded]:
         return encode(examples, tokenizer, template, recipe.data.max_length)

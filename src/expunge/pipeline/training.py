@@ -119,6 +119,7 @@ def _fit(job: Job, model: nn.Module, loaded: Loaded, work: Path, watchers: Watch
             _remove_half_checkpoints(work / "checkpoints")  # what a full disk left takes the room of the next try
         raise
     trained: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    trained._is_accelerate_prepared = False  # or a further trainer would take its autocast for granted
     steps = trainer.state.global_step
     return Fitted(trained.eval(), loaded.tokenizer, loaded.folder, steps, time.monotonic() - began, stopping.note)
 

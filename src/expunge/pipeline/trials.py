@@ -22,8 +22,8 @@ from expunge.pipeline.trainer import DivergedError
 from expunge.pipeline.training import fit
 from expunge.runs.atomic import write_json
 
-#: Folder of the trials inside a run directory, and the first part of their stages' names.
-TRIALS, STAGE = "trials", "trial"
+#: Folder of the trials inside a run directory.
+TRIALS = "trials"
 INFO = "info.json"
 
 #: Called with a number of units (optimizer steps, scored rows) just finished, and a short note.
@@ -82,7 +82,7 @@ def run_trial(
         write_json(folder / "out" / INFO, {"trial": name, **info})
         return info
 
-    done = directory.stage(f"{STAGE}/{name}", f"{TRIALS}/{name}", inputs, work)
+    done = directory.stage(f"{'scores' if job is None else 'trial'}/{name}", f"{TRIALS}/{name}", inputs, work)
     said = done.outputs
     return TrialResult(
         name, done.path, said["steps"], done.seconds, said.get("note", ""), said.get("failed", ""), done.skipped

@@ -225,7 +225,7 @@ class UnlearnConfig(Frozen):
     )
     stop_when: Annotated[list[StopRule], BeforeValidator(_rules_from_one)] = Field(
         default_factory=list,
-        description="rules such as {metric: nll, above: holdout} that end the training; the best model looked at is kept",
+        description="rules such as {metric: nll, above: holdout} that end training; the best model looked at is kept",
     )
     trainable: list[Pattern] | None = Field(
         None, description="patterns of parameter names to train; the objective's own when absent"

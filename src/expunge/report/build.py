@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,12 @@ def build_report(run: Path) -> Path:
 
 def render(record: RunRecord, samples: int) -> bytes:
     """The page as UTF-8, with at most `samples` rows in the longest table of samples."""
-    page = Environment(
+    return page("report.html.j2", content(record, samples))
+
+
+def page(template: str, shown: Mapping[str, Any]) -> bytes:
+    """A filled template as UTF-8; every text in it is escaped."""
+    environment = Environment(
         loader=PackageLoader("expunge.report"),
         autoescape=True,
         finalize=clean,
@@ -74,7 +79,7 @@ def render(record: RunRecord, samples: int) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return page.get_template("report.html.j2").render(content(record, samples)).encode("utf-8", errors="replace")
+    return environment.get_template(template).render(shown).encode("utf-8", errors="replace")
 
 
 def content(record: RunRecord, samples: int) -> dict[str, Any]:
@@ -84,6 +89,7 @@ def content(record: RunRecord, samples: int) -> dict[str, Any]:
     verdicts = [forget, keep, *([unseen] if unseen else [])]
     return {
         "record": record,
+        "page_title": f"{record.name} – unlearning report",
         "outcome": outcome(record, forget, keep),
         "incomplete": incomplete(record),
         "shaded": any(cell.shade for table in tables for row in table.rows for cell in row.cells),
@@ -97,6 +103,9 @@ def content(record: RunRecord, samples: int) -> dict[str, Any]:
         "variant_label": lambda name: variant_label(record, name),
         "row_counts": row_counts(record),
         "provenance": provenance,
+        "settings": provenance.in_words(record),
+        "stages": provenance.timings(record),
+        "repeatable": True,
         "limits": limits(record),
         "absent": absent(record),
     }

@@ -14,6 +14,8 @@ from expunge.report.verdict import Verdict
 
 #: Points of one curve that are drawn; longer curves are averaged in as many bins.
 _POINTS = 160
+#: With a front, up to this many points all carry their names.
+_NAMED = 8
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -31,10 +33,10 @@ class Point:
     y_low: float | None = None
     y_high: float | None = None
 
-    def title(self) -> str:
+    def title(self, retain: str = "retain") -> str:
         """What the pointer is told."""
         x, y = (f" [{interval(*pair)}]" if pair[0] is not None else "" for pair in self.intervals())
-        return f"{self.name}: forget {number(self.x)}{x}, retain {number(self.y)}{y}"
+        return f"{self.name}: forget {number(self.x)}{x}, {retain} {number(self.y)}{y}"
 
     def intervals(self) -> tuple[tuple[float | None, float | None], tuple[float | None, float | None]]:
         """The two intervals."""
@@ -105,42 +107,69 @@ def _scale_names(verdict: Verdict, scale: svg.Scale, y: float, width: float) -> 
     return names
 
 
-def trade_off(points: Sequence[Point], forget_at_most: float, retain_at_least: float | None) -> Markup:
-    """Forget (x, lower is better) against retain (y, higher is better), both extraction strengths in [0, 1]."""
+def trade_off(
+    points: Sequence[Point],
+    forget_at_most: float,
+    retain_at_least: float | None,
+    *,
+    retain: str = "retain",
+    front: Sequence[str] = (),
+) -> Markup:
+    """Forget (x, lower is better) against retain (y, higher is better), both extraction strengths in [0, 1].
+
+    `front` joins the points that no other dominates; of many points only these and the yardsticks carry their names.
+    """
     width, height = 520.0, 476.0
     x, y = svg.Scale(0, 1, 52, width - 22), svg.Scale(0, 1, height - 52, 34)
     marks = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     parts = [svg.axis_x(x, y.start, marks, y.end), svg.axis_y(y, x.start, marks, x.end)]
     if retain_at_least is not None:
         goal = svg.rect(x.start, y.end, x(forget_at_most) - x.start, y(retain_at_least) - y.end, "goal")
-        words = f"both thresholds are met: forget ≤ {number(forget_at_most)}, retain ≥ {number(retain_at_least)}"
+        words = f"both thresholds are met: forget ≤ {number(forget_at_most)}, "
+        words = (words if forget_at_most < 1 else "kept: ") + f"{retain} ≥ {number(retain_at_least)}"
         parts.append(svg.group(goal, title=words))
     ideal = (x(0), y(1))
     corner = f"M {ideal[0] + 15:.0f} {ideal[1]:.0f} A 15 15 0 0 1 {ideal[0]:.0f} {ideal[1] + 15:.0f}"
     parts.append(svg.group(svg.element("path", d=corner, class_="ideal"), title="ideal corner"))
+    joined = sorted((point.x, point.y) for point in points if point.name in front)
+    if len(joined) > 1:
+        parts.append(svg.polyline([(x(a), y(b)) for a, b in joined], "front"))
     drawn = sorted(points, key=lambda point: point.kind == "result")
-    for point in drawn:
-        own = []
-        if point.x_low is not None and point.x_high is not None:
-            own.append(svg.whisker(x(point.x_low), y(point.y), x(point.x_high), y(point.y), point.kind))
-        if point.y_low is not None and point.y_high is not None:
-            own.append(svg.whisker(x(point.x), y(point.y_low), x(point.x), y(point.y_high), point.kind))
-        parts.append(svg.group(*own, svg.marker(point.kind, x(point.x), y(point.y)), title=point.title()))
-    frame = (x.start + 2, 2, width - 2, y.start - 2)
-    pixels = [(x(point.x), y(point.y)) for point in drawn]
-    lines = [box for point in drawn for box in _whisker_boxes(point, x, y)]
-    names = ["ideal", *(point.name for point in drawn)]
-    for index, (box, leader) in enumerate(place_labels([ideal, *pixels], names, frame, 15, lines)):
-        if leader is not None:
-            parts.append(svg.line(*leader, "leader"))
-        class_ = "name ideal-name" if index == 0 else f"name t-{drawn[index - 1].kind}"
-        parts.append(svg.label(box[0], box[3] - 4, names[index], class_=class_))
+    parts += [_mark(point, x, y, retain) for point in drawn]
+    parts += _names(drawn, front, x, y, (x.start + 2, 2, width - 2, y.start - 2))
     parts.append(svg.label((x.start + x.end) / 2, height - 12, "← forget: extraction strength", "middle", "axis-name"))
     middle = (y.start + y.end) / 2
-    turned = svg.label(0, 0, "retain: extraction strength →", "middle", "axis-name")
+    turned = svg.label(0, 0, f"{retain}: extraction strength →", "middle", "axis-name")
     parts.append(svg.element("g", turned, transform=f"translate(15 {middle:.0f}) rotate(-90)"))
-    said = "; ".join(point.title() for point in points)
+    said = "; ".join(point.title(retain) for point in points)
     return svg.picture(width, height, f"Forget–retain plot. {said}", *parts, class_="figure trade-off")
+
+
+def _mark(point: Point, x: svg.Scale, y: svg.Scale, retain: str) -> Markup:
+    own = []
+    if point.x_low is not None and point.x_high is not None:
+        own.append(svg.whisker(x(point.x_low), y(point.y), x(point.x_high), y(point.y), point.kind))
+    if point.y_low is not None and point.y_high is not None:
+        own.append(svg.whisker(x(point.x), y(point.y_low), x(point.x), y(point.y_high), point.kind))
+    return svg.group(*own, svg.marker(point.kind, x(point.x), y(point.y)), title=point.title(retain))
+
+
+def _names(drawn: Sequence[Point], front: Sequence[str], x: svg.Scale, y: svg.Scale, frame: Box) -> list[Markup]:
+    """Names beside the marks, with leaders where they had to move away; the ideal corner has one too."""
+    few = not front or len(drawn) <= _NAMED
+    named = [point for point in drawn if few or point.name in front or point.kind in ("target", "reference")]
+    spots = [(x(0), y(1)), *((x(point.x), y(point.y)) for point in named)]
+    names = ["ideal", *(point.name for point in named)]
+    kinds = ["ideal-name", *(f"t-{point.kind}" for point in named)]
+    obstacles = [box for point in drawn for box in _whisker_boxes(point, x, y)]
+    silent = [point for point in drawn if point not in named]
+    obstacles += [(x(p.x) - 8, y(p.y) - 8, x(p.x) + 8, y(p.y) + 8) for p in silent]
+    parts: list[Markup] = []
+    for name, kind, (box, leader) in zip(names, kinds, place_labels(spots, names, frame, 15, obstacles), strict=True):
+        if leader is not None:
+            parts.append(svg.line(*leader, "leader"))
+        parts.append(svg.label(box[0], box[3] - 4, name, class_=f"name {kind}"))
+    return parts
 
 
 def place_labels(

@@ -131,9 +131,13 @@ def _training(train: TrainConfig, lora: LoraConfig | None) -> str:
     return f"{how}, {length}, lr {compact(train.lr)}, batch {train.batch_size}, {train.precision}"
 
 
-def timings(record: RunRecord) -> list[Timing]:
-    """Stages in the order of the run."""
-    stages = mapping(record.info.get("stages"))
+def timings(record: RunRecord, together: str = "") -> list[Timing]:
+    """Stages in the order of the run; those below `together/` as one line."""
+    stages = dict(mapping(record.info.get("stages")))
+    below = [name for name in stages if together and str(name).startswith(f"{together}/")]
+    if below:
+        known = [_seconds(mapping(stages.pop(name)).get("seconds")) or 0.0 for name in below]
+        stages[plural(len(below), together)] = {"seconds": sum(known), "status": "done"}
     seconds = {name: _seconds(mapping(stage).get("seconds")) for name, stage in stages.items()}
     longest = max((value for value in seconds.values() if value is not None), default=0.0) or 1.0
     found = []
