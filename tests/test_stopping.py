@@ -62,7 +62,7 @@ def test_a_goal_keeps_the_look_nearer_to_its_threshold(tmp_path: Path) -> None:
     free = Followed(tmp_path / "free", {"metric": "nll", "above": 1e9, "every": 3})
     values = free.values()
     assert free.made["note"] == "no stop rule fired"
-    assert list(values) == [3, 6, 9, 12, 15, 18, 21, 24]
+    assert list(values) == [0, 3, 6, 9, 12, 15, 18, 21, 24]
     before, after = values[6], values[9]
     assert before < after
     for part, kept in ((0.2, 6), (0.8, 9)):
@@ -106,6 +106,16 @@ def test_a_killed_run_stops_where_the_uninterrupted_one_did(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
+    "rule", [{"metric": "nll", "above": 0.001}, {"metric": "probability", "split": "retain", "below": 1.0}]
+)
+def test_a_rule_that_holds_already_leaves_the_start_model(rule: dict[str, Any], tmp_path: Path) -> None:
+    run = Followed(tmp_path, rule)
+    assert run.steps == 0
+    assert run.made["note"].startswith("not trained: ")
+    assert same(run.weights, load_model(taught()).model.state_dict())
+
+
+@pytest.mark.parametrize(
     ("rule", "says"),
     [
         ({"metric": "rouge_l_recall", "below": 0.5}, "which needs generated text"),
@@ -131,7 +141,7 @@ def test_the_run_record_says_where_a_rule_stopped(tmp_path: Path) -> None:
     entry = {
         "method": "grad_ascent",
         "train": {"max_steps": 12, "lr": 1e-3, "batch_size": 4, "precision": "float32"},
-        "stop_when": {"metric": "nll", "above": 1.0, "every": 4, "limit": 2},
+        "stop_when": {"metric": "perplexity", "above": 600, "every": 4, "limit": 2},
     }
     data = {"benchmark": "fictitious"}
     quick = {"metrics": ["nll"], "generate": None}
@@ -140,6 +150,6 @@ def test_the_run_record_says_where_a_rule_stopped(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["run", str(recipe), "-o", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert any("stopped at step 4: nll of forget above 1" in note for note in record["notes"])
+    assert any("stopped at step 4: perplexity of forget above 600" in note for note in record["notes"])
     events = [json.loads(line) for line in (tmp_path / "out" / "events.jsonl").read_text().splitlines()]
-    assert [event["step"] for event in events if event["event"] == "look"] == [4]
+    assert [event["step"] for event in events if event["event"] == "look"] == [0, 4]

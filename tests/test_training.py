@@ -56,6 +56,7 @@ def forget_nll(folder: str) -> float:
         return -token_logprobs(Forward(model, batch).logits, batch.targets).mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES.names())
 def test_unlearning_makes_the_forget_rows_less_likely(name: str, tmp_path: Path) -> None:
     long = QUICK.model_copy(

@@ -159,6 +159,7 @@ def test_a_vanishing_sam_radius_is_no_wrapper(tmp_path: Path) -> None:
         assert (tensor - wrapped[name]).norm() <= 0.02 * (tensor - start[name]).norm() + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES.names())
 def test_gradient_checkpointing_changes_nothing(name: str, tmp_path: Path) -> None:
     whole, _ = run(job(name), tmp_path / "whole")
@@ -167,6 +168,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, tmp_path: Path) -> No
         assert left == pytest.approx(right, rel=2e-4, abs=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES.names() if not OBJECTIVES.get(name).about.weights])
 def test_every_objective_trains_adapters(name: str, tmp_path: Path) -> None:
     curve, _ = run(job(name, lora=LoraConfig(rank=4)), tmp_path)
@@ -236,6 +238,17 @@ def test_contradictions_are_refused_before_the_first_step(
 ) -> None:
     with pytest.raises(UserError, match=says):
         train(job(name, **changes), tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"sam": 0.1}, {"gradient_projection": True}])
+def test_sharded_training_is_refused_where_whole_gradients_are_needed(changes: dict[str, Any]) -> None:
+    for kind in ("FSDP", "DEEPSPEED"):
+        with pytest.raises(UserError, match="needs whole parameters"):
+            training._check_sharding(job("npo", **changes), kind)
+        training._check_sharding(job("npo"), kind)
+        with pytest.raises(UserError, match="method task_negation needs whole parameters"):
+            training._check_sharding(job("task_negation"), kind)
+    training._check_sharding(job("npo", **changes), "MULTI_GPU")
 
 
 def test_cap_stops_the_loss_of_rows_that_passed_it(tmp_path: Path) -> None:

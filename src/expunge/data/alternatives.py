@@ -195,7 +195,7 @@ def needs_given(examples: Iterable[Example]) -> None:
         more = f" (and {len(without) - 1} more of {len(rows)} rows)" if len(without) > 1 else ""
         raise UserError(
             f"{without[0].place}: the row gives no other answer to its prompt{more}",
-            "add a column 'alternatives' (a text or a list of texts), or set unlearn.alternatives.by to idk or sampled",
+            "add a column 'alternatives' (a text or a list of texts), or: --set unlearn.0.alternatives=idk",
         )
 
 

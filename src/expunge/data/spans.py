@@ -25,7 +25,7 @@ ENTITIES = "entities"
 
 _HINT = (
     f"give each row a column '{ENTITIES}': a list of texts exactly as they stand in its answer, "
-    "or of [start, end] character offsets into it; or set unlearn.tokens to all"
+    "or of [start, end) character offsets into it; or leave the selection out: --set unlearn.0.tokens=all"
 )
 _UNDECODED = "\ufffd"  # what decoders write for bytes that are no whole character yet
 _BLANK_SIGNS = "Ġ▁ "  # how the tokens of the two families write a blank

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from expunge.pipeline.jobs import prepare_jobs, unlearn_job
 from expunge.pipeline.resolve import Resolved
-from expunge.pipeline.stopping import rule_text
+from expunge.report.provenance import switches
 
 
 def outline(resolved: Resolved, output: Path) -> Iterator[str]:
@@ -28,9 +28,9 @@ def outline(resolved: Resolved, output: Path) -> Iterator[str]:
         adapters = f", LoRA of rank {entry.lora.rank}" if entry.lora else ""
         trainings = len(resolved.objectives[entry.name].variations(entry.train))
         steps = f"{job.plan().steps} steps" + (f" in each of {trainings} trainings" if trainings > 1 else "")
-        yield f"unlearn    {entry.name}: {entry.method} ({terms}), tokens {entry.tokens.by}{adapters}, {steps}"
-        for rule in entry.stop_when:
-            yield f"           stops when {rule_text(rule)}, looked at every {rule.every} steps"
+        yield f"unlearn    {entry.name}: {entry.method} ({terms}){adapters}, {steps}"
+        for switch in switches(entry):
+            yield f"           {switch}"
     if recipe.merge is not None:
         names = recipe.merge.models or [entry.name for entry in recipe.unlearn]
         yield f"merge      {' + '.join(names)} by {recipe.merge.method}, density {recipe.merge.density}"

@@ -40,20 +40,27 @@ class Stopping(TrainerCallback):
         self.last: Path = work / "kept.json"
         self.note = "no stop rule fired" if rules else None
 
+    def holds(self, model: nn.Module) -> bool:
+        """Look before the first step: whether a rule holds already, so that there is nothing to train for."""
+        return bool(self.rules) and self._stops(model, 0, self.rules)
+
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Look, where a rule wants it; stop, where one fires."""
         step = state.global_step
         due = [rule for rule in self.rules if step % rule.every == 0 or step == state.max_steps]
-        if not due:
-            return
+        if due and self._stops(model, step, due):
+            control.should_training_stop, control.should_save = True, False
+
+    def _stops(self, model: nn.Module, step: int, due: Sequence[StopRule]) -> bool:
+        """Whether one of the rules fires; if so, the model to keep is in `model`, else this one is kept for later."""
         distances = self._look(model, due)
-        self.on_look(step, {rule_text(rule): distances[i][0] for i, rule in enumerate(due)})
+        self.on_look(step, {str(rule): distances[i][0] for i, rule in enumerate(due)})
         fired = [i for i, (_, distance) in enumerate(distances) if distance >= 0]
         if not fired:
-            self._keep(model, step, {rule_text(rule): distances[i][1] for i, rule in enumerate(due)})
-            return
-        control.should_training_stop, control.should_save = True, False
+            self._keep(model, step, {str(rule): distances[i][1] for i, rule in enumerate(due)})
+            return False
         self._choose(model, step, due, distances, fired)
+        return True
 
     def _look(self, model: nn.Module, rules: Sequence[StopRule]) -> list[tuple[float, float]]:
         """Per rule its value, and how far the value is beyond the threshold (negative: not there yet)."""
@@ -92,25 +99,21 @@ class Stopping(TrainerCallback):
         distances: Sequence[tuple[float, float]],
         fired: Sequence[int],
     ) -> None:
+        first = due[fired[0]]
+        if step == 0:
+            self.note = f"not trained: {first} holds already"
+            return
         before = json.loads(self.last.read_text(encoding="utf-8")) if self.last.is_file() else None
         guards = [i for i in fired if self.watched[due[i].split].role != "forget"]
         first = due[(guards or fired)[0]]
         back = bool(guards)
         if not guards and before is not None:
-            past = before["distances"].get(rule_text(first))
+            past = before["distances"].get(str(first))
             back = past is not None and -past < distances[fired[0]][1]
-        self.note = f"stopped at step {step}: {rule_text(first)}"
+        self.note = f"stopped at step {step}: {first}"
         if back and before is not None:
             load_trained_state(model, load_file(self.kept))
             self.note += f"; the model of step {before['step']} is kept"
-        elif back:
-            self.note += "; that was the first look, so this step's model is kept"
-
-
-def rule_text(rule: StopRule) -> str:
-    """A rule in words."""
-    side, threshold = ("above", rule.above) if rule.above is not None else ("below", rule.below)
-    return f"{rule.metric} of {rule.split} {side} {threshold if isinstance(threshold, str) else format(threshold, 'g')}"
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:

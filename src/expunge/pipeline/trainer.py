@@ -134,11 +134,6 @@ class UnlearnTrainer(Trainer):
             callbacks=[_Report(self, on_step), _Restart(data.plan.restarts), *callbacks],
         )
         self.remove_callback(PrinterCallback)
-        if loss.two_sided and self.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
-            raise UserError(
-                "sam and gradient_projection need whole gradients, which sharded training does not hold",
-                "train without FSDP or DeepSpeed, e.g. with lora",
-            )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a micro-batch; of a whole step at its last one where the two sides are kept apart."""

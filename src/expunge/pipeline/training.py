@@ -108,12 +108,14 @@ def _fit(job: Job, model: nn.Module, loaded: Loaded, work: Path, watchers: Watch
     left_out = ["forget"] if job.objective is not None and not job.objective.about.reads_forget else []
     data = MicroBatches(plan, job.rows, job.selection, left_out)
     trainer = UnlearnTrainer(model, data, arguments, loss, watchers.on_step, [stopping])
+    _check_sharding(job, trainer.accelerator.distributed_type.value)
     checkpoint = _last_checkpoint(work / "checkpoints")
     if checkpoint is not None:
         memory.numbers.update(remembered(Path(checkpoint)))
     try:
         with disk_errors(work):
-            trainer.train(resume_from_checkpoint=checkpoint)
+            if checkpoint is not None or not stopping.holds(model):
+                trainer.train(resume_from_checkpoint=checkpoint)
     except Exception:
         if rank == 0:
             _remove_half_checkpoints(work / "checkpoints")  # what a full disk left takes the room of the next try
@@ -158,6 +160,19 @@ def _shifted(watchers: Watchers, before: int) -> Watchers:
         watchers.on_step(before + step, terms)
 
     return Watchers(on_step, watchers.on_reference, watchers.on_look)
+
+
+def _check_sharding(job: Job, kind: str) -> None:
+    """Raises UserError for what needs whole parameters or gradients where each process holds a part of them."""
+    weights = job.objective is not None and job.objective.about.weights
+    asked = {"sam": job.sam, "gradient_projection": job.gradient_projection, "stop_when": job.stop_when, "it": weights}
+    found = [name for name, given in asked.items() if given]
+    if kind in ("FSDP", "DEEPSPEED") and found:
+        what = f"method {job.objective.about.name}" if found == ["it"] and job.objective else found[0]
+        raise UserError(
+            f"{what} needs whole parameters, of which sharded training holds a part on each process",
+            "train without FSDP or DeepSpeed, e.g. with lora",
+        )
 
 
 def _prefix(job: Job, model: nn.Module, plan: Plan, file: Path) -> Prefix | None:

@@ -195,6 +195,12 @@ class StopRule(Frozen):
             raise ValueError("give either `above` or `below`")
         return self
 
+    def __str__(self) -> str:
+        """The rule in words."""
+        side, threshold = ("above", self.above) if self.above is not None else ("below", self.below)
+        shown = threshold if isinstance(threshold, str) else f"{threshold:g}"
+        return f"{self.metric} of {self.split} {side} {shown}"
+
 
 def _rules_from_one(value: Any) -> Any:
     return [value] if isinstance(value, dict) else value
@@ -225,7 +231,7 @@ class UnlearnConfig(Frozen):
     )
     stop_when: Annotated[list[StopRule], BeforeValidator(_rules_from_one)] = Field(
         default_factory=list,
-        description="rules such as {metric: nll, above: holdout} that end training; the best model looked at is kept",
+        description="rules such as {metric: perplexity, above: holdout} that end training; the best look is kept",
     )
     trainable: list[Pattern] | None = Field(
         None, description="patterns of parameter names to train; the objective's own when absent"

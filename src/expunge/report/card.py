@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from expunge.report.provenance import in_words, repeat_command, short
+from expunge.report.provenance import in_words, notes, repeat_command, short
 from expunge.report.records import RunRecord, mapping, read_run
 from expunge.report.tables import ARROWS, main_columns, variant_label, variant_note
 from expunge.report.text import clean, grouped, human, interval, number, percent
@@ -116,7 +116,8 @@ def _recipe(record: RunRecord) -> str:
     lines = [(name, words) for name, words in in_words(record) if name not in ("Model", "Data")]
     base = _base_model(record)
     start = [f"- Base model: {base or 'a local model'}"] if record.recipe else []
-    return "\n".join([*start, *(f"- {name}: {_cell(words)}" for name, words in lines)])
+    noted = [f"- Noted: {_cell(note)}" for note in notes(record) if note.startswith("unlearn/")]
+    return "\n".join([*start, *(f"- {name}: {_cell(words)}" for name, words in lines), *noted])
 
 
 def _limits(record: RunRecord) -> str:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expunge.recipe.model import LoraConfig, TrainConfig, UnlearnConfig
+from expunge.recipe.model import LoraConfig, TokenSelection, TrainConfig, UnlearnConfig
 from expunge.report.records import RunRecord, mapping
 from expunge.report.tables import variant_label
-from expunge.report.text import compact, duration, grouped, human, listed, plural
+from expunge.report.text import compact, duration, grouped, human, listed, percent, plural
 
 #: Characters of a file that is shown whole inside the page.
 _WHOLE = 40_000
@@ -99,15 +99,45 @@ def in_words(record: RunRecord) -> list[tuple[str, str]]:
 def _objective(entry: UnlearnConfig) -> str:
     terms = [f"{compact(entry.forget_weight)} × {entry.method}{_parameters(entry.parameters)}"]
     for name, weight in (("retain NLL", entry.retain.nll), ("retain KL", entry.retain.kl)):
-        if weight is not None:
+        if weight:
             terms.append(f"{compact(weight)} × {name}")
     if entry.retain.nll is None and entry.retain.kl is None:
         terms.append("retain terms as the method sets them")
-    tokens = "" if entry.tokens.by == "all" else f", forget loss on {entry.tokens.by} tokens"
-    tokens += f" (log-prob of {_named(entry.tokens.model)} below {compact(entry.tokens.threshold)})" if tokens else ""
-    tokens += f", training {listed(entry.trainable)}" if entry.trainable else ""
+    asked = "".join(f", {switch}" for switch in switches(entry))
+    asked += f", training {listed(entry.trainable)}" if entry.trainable else ""
     seed = f", seed {entry.seed}" if entry.seed is not None else ""
-    return f"{' + '.join(terms)}{tokens}; {_training(entry.train, entry.lora)}{seed}"
+    return f"{' + '.join(terms)}{asked}; {_training(entry.train, entry.lora)}{seed}"
+
+
+def switches(entry: UnlearnConfig) -> list[str]:
+    """What is set beside the objective of an unlearn entry, each in words."""
+    found = [_tokens(entry.tokens)] if entry.tokens.by != "all" else []
+    if entry.span is not None:
+        found.append("forget loss on the answer" if entry.span == "answer" else "forget loss on prompt and answer")
+    if entry.cap is not None:
+        found.append(f"rows beyond a mean token NLL of {compact(entry.cap)} left alone")
+    if entry.quantile is not None:
+        found.append(f"forget loss on the {percent(entry.quantile)} of tokens with the lowest loss")
+    if entry.temperature != 1:
+        found.append(f"forget logits at temperature {compact(entry.temperature)}")
+    if entry.alternatives.by is not None:
+        found.append(f"alternatives: {entry.alternatives.by}")
+    if entry.sam is not None:
+        found.append(f"sharpness-aware forget gradient (radius {compact(entry.sam)})")
+    if entry.gradient_projection:
+        found.append("forget gradient without what opposes the retain gradient")
+    found += [f"stops when {rule} (looked at every {plural(rule.every, 'step')})" for rule in entry.stop_when]
+    return found
+
+
+def _tokens(tokens: TokenSelection) -> str:
+    if tokens.by == "entity":
+        return "forget loss on the entities that rows name"
+    if tokens.fall is not None:
+        part = f"the {percent(tokens.fall)} that fall most from target to {_named(tokens.model)}"
+        return f"forget loss on knowledge tokens ({part})"
+    below = f"log-prob of {_named(tokens.model)} below {compact(tokens.threshold)}"
+    return f"forget loss on knowledge tokens ({below})"
 
 
 def _named(model: str) -> str:

@@ -105,7 +105,10 @@ def _layers(ground: Ground, options: RmuLayers) -> tuple[int, list[int]]:
     beyond = [layer for layer in layers if layer >= depth]
     if beyond or not layers:
         what = f"layer {beyond[0]} does not exist" if beyond else "no layer is given"
-        raise UserError(f"--layers: {what}; the model has layers 0 to {depth - 1}", "for instance: --layers 2,6,10")
+        raise UserError(
+            f"--layers: {what}; the model has layers 0 to {depth - 1}",
+            f"for instance: --layers {','.join(map(str, spread_layers(depth, 3)))}",
+        )
     for layer in layers:
         ground.check(_trial(ground, options, "adaptive_rmu", layer, options.betas[0]).entry)
     return depth, layers
