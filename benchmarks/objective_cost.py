@@ -28,8 +28,8 @@ from expunge.data.example import Example
 from expunge.methods.base import OBJECTIVES
 from expunge.models.forward import decoder_layers
 from expunge.models.load import load_model
+from expunge.pipeline.entries import unlearn_job
 from expunge.pipeline.job import Job
-from expunge.pipeline.jobs import unlearn_job
 from expunge.pipeline.resolve import resolve
 from expunge.pipeline.training import fit
 from expunge.recipe import ModelConfig, load_recipe
@@ -107,7 +107,7 @@ def costs(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
             if number % BETWEEN == 0:
                 plain = statistics.median(step_times(options, plain_job(options)))
             ratios[name].append(statistics.median(step_times(options, job)) / plain)
-            trainings = len(cls().variations(job.train)) if cls.about.weights else 1
+            trainings = len(cls().variations(job.train))
             yield (
                 name,
                 {

@@ -143,7 +143,7 @@ class Ours:
             )
         synchronize(training.device)
         self.reference_seconds = time.perf_counter() - began
-        self.loss = Loss(job.objective, job.term_weights, cache, job.view, Memory(), self.prefix)
+        self.loss = Loss(job.objective, job.term_weights, cache, job.view, Memory(), self.packs, self.prefix)
 
     def forward(self, batch: Batch) -> Forward:
         """The pass that the loss asks for."""

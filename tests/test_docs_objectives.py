@@ -36,7 +36,7 @@ def test_every_snippet_is_a_valid_recipe(snippet: str, tmp_path: Path) -> None:
     rows = "model: {id: tiny}\nprepare: {}\ndata: {benchmark: fictitious}\n"
     file.write_text(rows + snippet, encoding="utf-8")
     for entry in load_recipe(file).unlearn:
-        build_objective(entry.method, entry.parameters)
+        assert isinstance(build_objective(entry.method, entry.parameters), OBJECTIVES.get(entry.method))
 
 
 def test_every_switch_is_shown_in_a_snippet() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from expunge.methods.base import OBJECTIVES
+from expunge.methods.base import OBJECTIVES, WeightObjective
 from expunge.pipeline.training import train
 from training_jobs import QUICK, job
 
@@ -24,7 +24,7 @@ LONG = QUICK.model_copy(update={"max_steps": 30, "epochs": 50, "checkpoint_every
 def trajectory(name: str, work: Path) -> dict[str, dict[str, float]]:
     """Terms of the loss at some steps; an objective of several trainings counts them through."""
     curve: dict[int, dict[str, float]] = {}
-    retain = {} if OBJECTIVES.get(name).about.weights else {"nll": 0.5, "kl": 0.5}
+    retain = {} if issubclass(OBJECTIVES.get(name), WeightObjective) else {"nll": 0.5, "kl": 0.5}
     made = job(name, train=LONG, weights={"forget": 1.0, **retain})
     train(made, work, on_step=lambda step, terms: curve.update({step: dict(terms)}))
     return {str(step): {term: round(value, 6) for term, value in curve[step].items()} for step in STEPS}

@@ -13,7 +13,7 @@ import pytest
 
 from expunge import api
 from expunge.errors import UserError
-from expunge.pipeline.jobs import fallen_tokens, knowledge_tokens
+from expunge.pipeline.entries import fallen_tokens, knowledge_tokens
 from expunge.recipe import Recipe
 
 PEOPLE = ("Ada Quill", "Bram Yost", "Cleo Dunn", "Dov Ash")

@@ -45,7 +45,6 @@ class Declaration:
     kl: float = 0.0
     retain_ratio: int = 1  # retain rows per forget row in a step
     rates: tuple[float, ...] = (1e-5, 2e-5, 5e-5)  # learning rates of the published runs, full fine-tuning
-    weights: bool = False  # the model is made out of trained weights in the end (`combine`)
 
 
 class Objective(ABC):
@@ -84,12 +83,8 @@ class Objective(ABC):
         """Called after each optimizer step with its terms, summed over micro-batches and processes."""
 
     def variations(self, train: TrainConfig) -> list[TrainConfig]:
-        """The trainings that an objective with `weights` combines."""
+        """The trainings that are made; more than one only where their weights are combined in the end."""
         return [train]
-
-    def combine(self, start: Tensor, trained: Sequence[Tensor]) -> Tensor:
-        """A parameter of the unlearned model, out of the start model's and those of the trained ones."""
-        raise NotImplementedError  # only asked of objectives that declare `weights`
 
     @classmethod
     def describe(cls) -> dict[str, str]:
@@ -111,6 +106,18 @@ class Objective(ABC):
             published = f"; published: {extra['published']}" if extra.get("published") else ""
             described[f"parameter {item.name}"] = f"{item.default.default}: {item.default.description}{published}"
         return described
+
+
+class WeightObjective(Objective):
+    """Base of objectives that learn the forget rows better, and make the model out of the weights that came of it."""
+
+    def loss(self, step: Step) -> dict[str, Tensor]:
+        """+mean token NLL of the forget answers: the model is fine-tuned on them."""
+        return {"forget": step.forget.nll()}
+
+    @abstractmethod
+    def combine(self, start: Tensor, trained: Sequence[Tensor]) -> Tensor:
+        """A parameter of the unlearned model, out of the start model's and those of the trained ones."""
 
 
 def _needs(about: Declaration) -> list[str]:

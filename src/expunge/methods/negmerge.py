@@ -10,8 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from expunge.errors import UserError
-from expunge.methods.base import Objective, hyper, objective
-from expunge.methods.step import Step
+from expunge.methods.base import WeightObjective, hyper, objective
 from expunge.methods.task_negation import difference, negated
 from expunge.recipe import TrainConfig
 
@@ -24,9 +23,8 @@ Factors = tuple[Annotated[float, Field(gt=0)], ...]
     formula="θ − α · mean_k(θ_k − θ) where all signs agree, else θ; θ_k = argmin NLL(forget)",
     paper="2410.05583",
     kind="suppresses",
-    weights=True,
 )
-class NegMerge(Objective):
+class NegMerge(WeightObjective):
     """Instead of choosing one fine-tuning, keep what does not depend on its hyper-parameters.
 
     One fine-tuning per pair of factors. Published for image classifiers only. Retain terms would be subtracted too.
@@ -45,10 +43,6 @@ class NegMerge(Objective):
                 "negmerge compares the signs of several fine-tunings, and these factors ask for one",
                 "--set unlearn.0.parameters.rates=[0.5,1,2], or choose method task_negation",
             )
-
-    def loss(self, step: Step) -> dict[str, Tensor]:
-        """+mean token NLL of the forget answers: the model is fine-tuned on them."""
-        return {"forget": step.forget.nll()}
 
     def variations(self, train: TrainConfig) -> list[TrainConfig]:
         """One training per pair of factors; a limit on steps is scaled like the epochs."""

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from expunge.methods.base import Objective, hyper, objective
-from expunge.methods.step import Step
+from expunge.methods.base import WeightObjective, hyper, objective
 
 
 def negated(start: Tensor, change: Tensor, alpha: float) -> Tensor:
@@ -29,18 +28,13 @@ def difference(start: Tensor, trained: Tensor) -> Tensor:
     formula="θ − α · (θ_ft − θ), θ_ft = argmin NLL(forget)",
     paper="2212.04089",
     kind="suppresses",
-    weights=True,
 )
-class TaskNegation(Objective):
+class TaskNegation(WeightObjective):
     """Retain terms would be learnt and subtracted as well: leave them at none."""
 
     alpha: float = hyper(
         5.0, gt=0, description="how much of the change is subtracted", published="0.05 to 1 (paper), 5 (MUSE)"
     )
-
-    def loss(self, step: Step) -> dict[str, Tensor]:
-        """+mean token NLL of the forget answers: the model is fine-tuned on them."""
-        return {"forget": step.forget.nll()}
 
     def combine(self, start: Tensor, trained: Sequence[Tensor]) -> Tensor:
         """θ − α(θ_ft − θ)."""

@@ -47,6 +47,10 @@ class LazyModel:
             self._loaded = Loaded(model.to(device).eval(), loaded.tokenizer, loaded.folder, loaded.source)
         return self._loaded
 
+    def generate(self, rows: Sequence[Encoded], **settings: Any) -> pa.Table:
+        """The GENERATIONS table of rows; `settings` are those of `scoring.generate.generate`."""
+        return generate(self.loaded.model, self.loaded.tokenizer, rows, **settings)
+
 
 def write_scores(model: LazyModel, rows: Rows, config: EvaluateConfig, out: Path, progress: Progress) -> dict[str, Any]:
     """The scoring pass: one parquet file per split."""
@@ -64,16 +68,10 @@ def write_generations(
     settings = config.generate
     assert settings is not None
 
+    limits: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
+
     def one_pass(chosen: Sequence[Encoded]) -> pa.Table:
-        loaded = model.loaded
-        return generate(
-            loaded.model,
-            loaded.tokenizer,
-            chosen,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
-            progress=progress,
-        )
+        return model.generate(chosen, progress=progress, **limits)
 
     limited = {name: split[: settings.limit] for name, split in rows.items()}
     return _write_tables(

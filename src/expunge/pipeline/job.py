@@ -14,7 +14,7 @@ from torch import nn
 
 from expunge.data.encode import Encoded
 from expunge.errors import UserError
-from expunge.methods.base import Objective
+from expunge.methods.base import Objective, WeightObjective
 from expunge.methods.step import ForgetView
 from expunge.models.forward import decoder_layers, unwrap
 from expunge.models.lora import add_lora
@@ -184,11 +184,11 @@ def check_terms(job: Job) -> None:
                 f"`{setting}` is about log-probs, and method {name} has none: it steers hidden states",
                 f"leave `{setting}` out, or choose another method",
             )
-    if objective.about.weights and job.lora is not None:
+    if isinstance(objective, WeightObjective) and job.lora is not None:
         raise UserError(
             f"method {name} changes whole weights after training, which adapters don't hold", "leave `lora` out"
         )
-    if objective.about.weights and job.has_retain_term:
+    if isinstance(objective, WeightObjective) and job.has_retain_term:
         raise UserError(
             f"method {name} subtracts what it learns, and would subtract what a retain term taught too",
             "leave the retain terms out: --set unlearn.0.retain=none",
@@ -198,7 +198,7 @@ def check_terms(job: Job) -> None:
             "gradient_projection needs a retain term, whose gradient the forget gradient is compared with",
             "give one: --set unlearn.0.retain=nll",
         )
-    if objective.about.weights and (job.sam or job.gradient_projection or job.stop_when):
+    if isinstance(objective, WeightObjective) and (job.sam or job.gradient_projection or job.stop_when):
         raise UserError(
             f"method {name} learns the forget rows first; sam, gradient_projection and stop_when have no meaning there",
             "leave them out, or choose another method",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from expunge.pipeline.jobs import prepare_jobs, unlearn_job
+from expunge.pipeline.entries import prepare_jobs, unlearn_job
 from expunge.pipeline.resolve import Resolved
 from expunge.report.provenance import switches
 

@@ -17,8 +17,8 @@ from expunge.errors import UserError
 from expunge.merging.run import plan_merge
 from expunge.methods.base import Objective, build_objective
 from expunge.metrics.base import METRICS
+from expunge.pipeline.entries import Beside, beside, check_entry, prepare_jobs, unlearn_job
 from expunge.pipeline.job import Job
-from expunge.pipeline.jobs import Beside, beside, check_entry, prepare_jobs, unlearn_job
 from expunge.pipeline.preflight import check_context, check_job, check_same_tokens, open_candidate
 from expunge.recipe import MergeConfig, ModelConfig, Recipe, UnlearnConfig
 

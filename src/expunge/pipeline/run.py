@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from expunge.metrics.base import METRICS
+from expunge.pipeline.entries import prepare_jobs
 from expunge.pipeline.evaluate import measure, read_tables
-from expunge.pipeline.jobs import prepare_jobs
 from expunge.pipeline.processes import barrier, process_rank
 from expunge.pipeline.progress import Reporter, quiet_libraries
 from expunge.pipeline.resolve import Resolved, resolve

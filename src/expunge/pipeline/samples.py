@@ -15,7 +15,7 @@ from expunge.pipeline.evaluate import LazyModel
 from expunge.pipeline.processes import process_rank
 from expunge.recipe import AlternativesConfig
 from expunge.scoring.distributed import over_ranks
-from expunge.scoring.generate import Sampling, generate
+from expunge.scoring.generate import Sampling
 
 if TYPE_CHECKING:
     from expunge.pipeline.resolve import Resolved
@@ -34,17 +34,11 @@ def write_samples(
     """`count` samples per row, those of a row one after another."""
     out.mkdir(parents=True, exist_ok=True)
 
+    sampling = Sampling(settings.temperature, seed)
+
     def one_pass(chosen: Sequence[Encoded]) -> pa.Table:
-        loaded = model.loaded
-        return generate(
-            loaded.model,
-            loaded.tokenizer,
-            chosen,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=32,
-            progress=progress,
-            sampling=Sampling(settings.temperature, seed),
-        )
+        limits = {"max_new_tokens": settings.max_new_tokens, "batch_size": 32}
+        return model.generate(chosen, progress=progress, sampling=sampling, **limits)
 
     table = over_ranks([row for row in rows for _ in range(settings.count)], one_pass)
     if process_rank() == 0:

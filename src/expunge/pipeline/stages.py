@@ -14,9 +14,9 @@ from expunge.methods.step import ForgetView
 from expunge.models.files import adapter_base
 from expunge.models.load import is_adapter, load_model, resolve_folder
 from expunge.models.save import save_model
+from expunge.pipeline.entries import alternatives_of, fallen_tokens, knowledge_tokens, unlearn_job
 from expunge.pipeline.evaluate import LazyModel, write_generations, write_scores
 from expunge.pipeline.job import Job
-from expunge.pipeline.jobs import alternatives_of, fallen_tokens, knowledge_tokens, unlearn_job
 from expunge.pipeline.processes import barrier, broadcast, process_count, process_rank
 from expunge.pipeline.progress import Reporter
 from expunge.pipeline.resolve import Resolved, rows_digest

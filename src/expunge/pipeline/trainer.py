@@ -22,7 +22,6 @@ from expunge.data.encode import Encoded
 from expunge.errors import UserError
 from expunge.methods.base import Objective
 from expunge.methods.step import SIDES, ForgetView, Memory, Step, Totals
-from expunge.models.packing import supports_packing
 from expunge.models.passes import Forward
 from expunge.models.prefix import Prefix
 from expunge.models.reference import ReferenceCache
@@ -83,6 +82,7 @@ class Loss:
     cache: ReferenceCache
     view: ForgetView
     memory: Memory
+    packs: bool = False  # the model keeps packed rows apart
     prefix: Prefix | None = None
     sam: float | None = None
     projection: bool = False
@@ -125,7 +125,6 @@ class UnlearnTrainer(Trainer):
         self.data = data
         self.sums: dict[str, Tensor] = {}
         self.held: list[dict[str, Any]] = []
-        self.packs = supports_packing(model)
         super().__init__(
             model=model,
             args=arguments,
@@ -190,7 +189,7 @@ class UnlearnTrainer(Trainer):
         loss = self.loss
         layer = loss.objective.hidden_layer() if loss.objective is not None else None
         logits = layer is None or any(loss.weights.get(term, 0) > 0 for term in ("nll", "kl"))
-        forward = Forward(model, batch, layer, logits, self.packs, loss.prefix)
+        forward = Forward(model, batch, layer, logits, loss.packs, loss.prefix)
         scale = float(self.accelerator.num_processes)  # gradients are averaged over processes
         counts = {side: len(rows) for side, rows in inputs["sides"].items()}
         given = (counts, loss.cache, inputs["selected"], inputs["totals"], scale, loss.view, loss.memory)

@@ -8,23 +8,25 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from expunge.data.collate import pad_right
 from expunge.errors import UserError
+from expunge.methods.base import WeightObjective
 from expunge.methods.step import Memory
 from expunge.models.load import Loaded, load_model
 from expunge.models.packing import supports_packing
 from expunge.models.passes import Forward
 from expunge.models.prefix import Prefix, open_prefix
-from expunge.models.reference import ReferenceCache, build_reference
+from expunge.models.reference import build_reference
 from expunge.models.save import save_model
 from expunge.pipeline.job import Job, check_terms, prepare_parameters
 from expunge.pipeline.plan import Plan
@@ -81,7 +83,7 @@ def fit(job: Job, work: Path, **watchers: Any) -> Iterator[Fitted]:
         )
     if job.objective is not None:
         job.objective.check(model)
-    fitted = _combined if job.objective is not None and job.objective.about.weights else _fit
+    fitted = _combined if isinstance(job.objective, WeightObjective) else _fit
     result = fitted(job, prepare_parameters(model, job), loaded, work, Watchers(**watchers))
     del model
     yield result
@@ -100,10 +102,14 @@ def _fit(job: Job, model: nn.Module, loaded: Loaded, work: Path, watchers: Watch
     memory = Memory()
     prefix = _prefix(job, model, plan, work / f"prefix-{rank}.bin")
     with torch.autocast(arguments.device.type, torch.bfloat16, enabled=half):
-        cache = _reference(job, model, plan, prefix, work / f"reference-{rank}", watchers.on_reference)
+        packs = supports_packing(model)
+        needs = job.needs(plan, rank, world)
+        file, progress = work / f"reference-{rank}", watchers.on_reference
+        cache = build_reference(model, job.rows, needs, packs=packs, prefix=prefix, file=file, progress=progress)
         if job.objective is not None and job.objective.about.anchors:
             memory.means = _prompt_means(job, model)
-    loss = Loss(job.objective, job.term_weights, cache, job.view, memory, prefix, job.sam, job.gradient_projection)
+    kept = (cache, job.view, memory, packs, prefix)
+    loss = Loss(job.objective, job.term_weights, *kept, job.sam, job.gradient_projection)
     stopping = Stopping(job.stop_when, job.watched, work, half, watchers.on_look)
     left_out = ["forget"] if job.objective is not None and not job.objective.about.reads_forget else []
     data = MicroBatches(plan, job.rows, job.selection, left_out)
@@ -128,7 +134,7 @@ def _fit(job: Job, model: nn.Module, loaded: Loaded, work: Path, watchers: Watch
 
 def _combined(job: Job, model: nn.Module, loaded: Loaded, work: Path, watchers: Watchers) -> Fitted:
     """Train each variation of the job from the same start, and put the model together from what they became."""
-    assert job.objective is not None
+    assert isinstance(job.objective, WeightObjective)
     began = time.monotonic()
     start = {name: tensor.clone() for name, tensor in trained_state(model).items()}
     variations = job.objective.variations(job.train)
@@ -149,9 +155,12 @@ def _combined(job: Job, model: nn.Module, loaded: Loaded, work: Path, watchers: 
                 shutil.rmtree(work / f"variation-{number}", ignore_errors=True)
         steps += total
     if process_rank() == 0:
-        trained = [load_file(file) for file in files]
-        objective = job.objective
-        load_trained_state(model, {n: objective.combine(t, [state[n] for state in trained]) for n, t in start.items()})
+        with ExitStack() as stack, torch.no_grad():
+            trained = [stack.enter_context(safe_open(file, "pt")) for file in files]
+            for name, parameter in model.named_parameters():
+                if name in start:  # one parameter at a time: the trained models are never in memory together
+                    parts = [opened.get_tensor(name) for opened in trained]
+                    parameter.copy_(job.objective.combine(start[name], parts))
     return Fitted(model.eval(), loaded.tokenizer, loaded.folder, steps, time.monotonic() - began)
 
 
@@ -164,7 +173,7 @@ def _shifted(watchers: Watchers, before: int) -> Watchers:
 
 def _check_sharding(job: Job, kind: str) -> None:
     """Raises UserError for what needs whole parameters or gradients where each process holds a part of them."""
-    weights = job.objective is not None and job.objective.about.weights
+    weights = isinstance(job.objective, WeightObjective)
     asked = {"sam": job.sam, "gradient_projection": job.gradient_projection, "stop_when": job.stop_when, "it": weights}
     found = [name for name, given in asked.items() if given]
     if kind in ("FSDP", "DEEPSPEED") and found:
@@ -181,15 +190,6 @@ def _prefix(job: Job, model: nn.Module, plan: Plan, file: Path) -> Prefix | None
     if job.train.gradient_checkpointing or plan.uses(rank, world) <= len(job.rows):
         return None
     return open_prefix(model, [len(row.input_ids) for row in job.rows], file)
-
-
-def _reference(
-    job: Job, model: nn.Module, plan: Plan, prefix: Prefix | None, file: Path, progress: Callable[[int], None]
-) -> ReferenceCache:
-    """What the loss needs of the start model, for the rows that this process will see."""
-    needs = job.needs(plan, process_rank(), process_count())
-    packs = supports_packing(model)
-    return build_reference(model, job.rows, needs, packs=packs, prefix=prefix, file=file, progress=progress)
 
 
 @torch.no_grad()

@@ -125,7 +125,7 @@ class Ground:
     @cached_property
     def variants(self) -> dict[str, Variant]:
         """Original (if it was taught here), target, and reference (if there is one)."""
-        from expunge.pipeline.jobs import prepare_jobs
+        from expunge.pipeline.entries import prepare_jobs
 
         recipe, stages = self.whole.recipe, self.stages
         given = stages.given("original" if recipe.prepare else "target", recipe.model)
@@ -176,7 +176,7 @@ class Ground:
 
     def check(self, entry: UnlearnConfig) -> None:
         """Raises UserError for an entry that training would refuse."""
-        from expunge.pipeline.jobs import unlearn_job
+        from expunge.pipeline.entries import unlearn_job
         from expunge.pipeline.preflight import check_job
 
         check_job(unlearn_job(self._resolved(entry), entry, self.whole.recipe.model), self.whole.recipe.model)
@@ -218,7 +218,7 @@ class Ground:
 
     def _resolved(self, entry: UnlearnConfig) -> Resolved:
         from expunge.methods.base import build_objective
-        from expunge.pipeline.jobs import beside
+        from expunge.pipeline.entries import beside
 
         objective = build_objective(entry.method, entry.parameters)
         found = self.resolved
