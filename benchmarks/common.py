@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,21 @@ def tofu_like(count: int, seed: int = 0) -> list[Example]:
         return " ".join(choice.choices(words, k=word_count(choice, *spread))).capitalize()
 
     return [Example(str(i), text(*QUESTION) + "?", text(*ANSWER) + ".") for i in range(count)]
+
+
+def tofu_perturbed(count: int, seed: int = 0) -> list[Example]:
+    """As `tofu_like`, with a paraphrased question, a paraphrased answer and five wrong answers to each row."""
+    others = [tofu_like(count, seed + 1 + number) for number in range(7)]
+    rows = []
+    for i, example in enumerate(tofu_like(count, seed)):
+        asked, said, *wrong = (other[i] for other in others)
+        extra = {
+            "paraphrased_question": asked.prompt,
+            "paraphrased_answer": said.answer,
+            "perturbed_answer": [other.answer for other in wrong],
+        }
+        rows.append(replace(example, extra=extra))
+    return rows
 
 
 def random_rows(count: int, vocabulary: int, seed: int = 0) -> list[Encoded]:

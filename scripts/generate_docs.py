@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ ARXIV = re.compile(r"\b(\d{4}\.\d{4,5})\b")
 COLUMNS = {
     "methods": ("summary", "kind", "paper"),
     "merges": ("summary", "paper"),
-    "metrics": ("summary", "range", "needs", "direction", "paper"),
-    "attacks": ("summary", "paper"),
-    "benchmarks": ("summary", "paper"),
+    "metrics": ("summary", "range", "needs", "suite", "direction", "paper"),
+    "conventions": ("summary",),
+    "attacks": ("summary", "kind", "budget", "needs", "paper"),
+    "benchmarks": ("summary", "parts", "files", "convention", "paper"),
     "formats": ("summary", "columns", "example"),
     "studies": ("summary", "takes", "paper"),
     "presets": ("summary",),
@@ -77,6 +78,9 @@ def table(kind: str) -> str:
         "commands": _commands,
         "objectives": _objectives,
         "parameters": _parameters,
+        "attack-parameters": _attack_parameters,
+        "tables": _tables,
+        "choices": _choices,
     }
     if kind in special:
         return special[kind]()
@@ -151,15 +155,64 @@ def _parameters() -> str:
     """Every hyper-parameter of every objective."""
     from expunge.methods.base import OBJECTIVES
 
+    return _settings("objective", OBJECTIVES.items())
+
+
+def _attack_parameters() -> str:
+    """Every setting of every attack."""
+    from expunge.attacks.base import ATTACKS
+
+    return _settings("attack", ATTACKS.items())
+
+
+def _settings(kind: str, leaves: Iterable[tuple[str, Any]]) -> str:
+    """The fields of leaves that are dataclasses of settings."""
     rows = []
-    for name, cls in OBJECTIVES.items():
-        fields: Any = dataclasses.fields(cls)  # type: ignore[arg-type]
+    for name, cls in leaves:
+        fields: Any = dataclasses.fields(cls)
         for item in fields:
             field = item.default
             published = (field.json_schema_extra or {}).get("published") or "–"
-            texts = {"default": str(field.default), "published": published, "meaning": field.description}
+            default = "–" if field.default is None else str(field.default)
+            texts = {"default": default, "published": published, "meaning": field.description}
             rows.append([f"`{name}`", f"`{item.name}`", *(_cell(label, texts) for label in texts)])
-    return markdown(["objective", "parameter", "default", "published", "meaning"], rows)
+    return markdown([kind, "parameter", "default", "published", "meaning"], rows)
+
+
+def _tables() -> str:
+    """Every table that the passes make, the smallest suite with it, and the metrics that become possible with it."""
+    from expunge.metrics.base import METRICS
+    from expunge.scoring.tables import SUITES, TABLES
+
+    order = sorted(TABLES, key=lambda name: SUITES.index(TABLES[name]))  # stable: as they are declared within a suite
+    last = {name: max((need.table for need in entry.addresses), key=order.index) for name, entry in METRICS.items()}
+    rows = []
+    for table_name in order:
+        possible = [f"`{name}`" for name in last if last[name] == table_name]
+        rows.append([f"`{table_name}`", TABLES[table_name], ", ".join(possible)])
+    return markdown(["table", "from suite", "metrics that it makes possible"], rows)
+
+
+def _choices() -> str:
+    """Conventions beside each other: every choice that they make, bold where it is not the default's."""
+    from expunge.recipe.conventions import CONVENTIONS, EXPUNGE
+
+    fields = [item.name for item in dataclasses.fields(EXPUNGE) if item.name not in ("name", "summary")]
+    rows = []
+    for name in fields:
+        default = getattr(EXPUNGE, name)
+        values = [getattr(convention, name) for convention in CONVENTIONS.values()]
+        cells = [_choice(value) if value == default else f"**{_choice(value)}**" for value in values]
+        rows.append([f"`{name}`", *cells])
+    return markdown(["choice", *(f"`{name}`" for name in CONVENTIONS)], rows)
+
+
+def _choice(value: Any) -> str:
+    words = {True: "yes", False: "no", None: "–", (): "–"}
+    if isinstance(value, bool) or value in (None, ()):
+        return words[value]
+    text = ", ".join(map(json.dumps, value)) if isinstance(value, tuple) else str(value)
+    return text.replace("|", "\\|")
 
 
 def _commands() -> str:

@@ -60,6 +60,10 @@ class Fixture:
     knows: dict[str, dict[str, float]] = field(default_factory=dict)
     #: (prompt, answer, what every model says) that replaces the first rows of each split
     texts: Sequence[tuple[str, str, str]] = ()
+    #: records carry anchored values, over-unlearning flags and notes, as they have since there are anchors
+    anchored: bool = True
+    #: further metrics, as copies of probability under other names
+    more: Sequence[str] = ()
     info: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
 
@@ -197,12 +201,15 @@ def _write_measures(folder: Path, fixture: Fixture) -> None:
             random = np.random.default_rng([number, count, len(split)])
             strength = _strengths(random, _knows(fixture, variant, split), count)
             values = _values(random, strength)
-            for metric in METRICS:
+            values |= dict.fromkeys(fixture.more, values["probability"])
+            for metric in (*METRICS, *fixture.more):
                 if fixture.generations or metric not in ("rouge_l_recall", "exact_match"):
                     records.append(_record(variant, split, role, metric, values[metric]))
                     parts.append(_value_rows(variant, split, metric, [row[0] for row in rows], values[metric]))
             if fixture.generations:
                 _write_generations(folder, fixture, variant, split, strength)
+    if fixture.anchored:
+        records = [_anchored(record, records) for record in records]
     (folder / "metrics.json").write_text(json.dumps(records), encoding="utf-8")
     if fixture.values:
         pq.write_table(pa.concat_tables(parts), folder / "values.parquet")
@@ -239,7 +246,18 @@ def _record(variant: str, split: str, role: str, metric: str, values: np.ndarray
     other = "lower" if metric == "perplexity" else "higher"
     direction = "none" if role == "holdout" else lower_on_forget if role == "forget" else other
     cells = (variant, split, metric, float(values.mean()), float(low), float(high), len(values), 0, direction)
-    return dict(zip(RECORD_KEYS, cells, strict=True))
+    return dict(zip(RECORD_KEYS, cells, strict=False))
+
+
+def _anchored(record: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record with the keys that newer versions write; None without target and reference."""
+    found = {r["variant"]: r["value"] for r in records if all(r[k] == record[k] for k in ("split", "metric"))}
+    cells: dict[str, Any] = {"anchored": None, "over_unlearned": None}
+    if abs(found.get("target", 0.0) - found.get("reference", found.get("target", 0.0))) > 0.2:
+        value = (record["value"] - found["reference"]) / (found["target"] - found["reference"])
+        cells = {"anchored": value, "anchored_low": value - 0.1, "anchored_high": value + 0.1}
+        cells["over_unlearned"] = value < -0.1 if record["split"] == "forget" else None
+    return {key: {**record, **cells, "note": ""}.get(key) for key in RECORD_KEYS}
 
 
 def _value_rows(variant: str, split: str, metric: str, ids: list[str], values: np.ndarray) -> pa.Table:
@@ -263,11 +281,12 @@ def _write_generations(folder: Path, fixture: Fixture, variant: str, split: str,
     given = [text[2] for text in fixture.texts[: len(rows)]]
     said = [*given, *(_said(index, rows[index][2], strength[index]) for index in range(len(given), len(rows)))]
     ids, prompts, answers = zip(*rows, strict=True)
-    lengths, stopped = pa.array([12] * len(rows), pa.int32()), pa.array([True] * len(rows))
-    texts = [pa.array(column) for column in (ids, [""] * len(rows), prompts, answers, said)]
+    cells = {"example_id": ids, "candidate": 0, "task": "", "prompt": prompts, "answer": answers, "generated": said}
+    cells |= {"new_tokens": 12, "stopped": True}
+    columns = {name: [cell] * len(rows) if isinstance(cell, str | int) else cell for name, cell in cells.items()}
     path = folder / "generations" / variant / f"{split}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_arrays([*texts, lengths, stopped], schema=GENERATIONS), path)
+    pq.write_table(pa.Table.from_pydict(columns, schema=GENERATIONS), path)
 
 
 def _said(index: int, answer: str, strength: float) -> str:

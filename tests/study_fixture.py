@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from expunge.recipe import Recipe
-from expunge.report.study_document import NAME, StudyDocument
+from expunge.report.document import STUDY, Document
 from expunge.runs.atomic import write_json
 from expunge.runs.store import RunDirectory
 from expunge.studies.base import STUDIES, build_options, study_recipe
@@ -69,10 +69,10 @@ def layer_trials(layers: list[int], strengths: Mapping[str, tuple[float, ...]], 
     return found
 
 
-def write_study(folder: Path, recipe: Recipe, document: StudyDocument) -> Path:
+def write_study(folder: Path, recipe: Recipe, document: Document) -> Path:
     """A run directory that holds a finished study."""
     with RunDirectory(folder, recipe) as directory:
         directory.record(data={"forget": {"rows": 30, "role": "forget", "digest": "ab" * 32, "truncated": 0}})
-        write_json(folder / NAME, document.to_json())
+        write_json(folder / STUDY, document.to_json())
         write_json(folder / "metrics.json", [])
     return folder

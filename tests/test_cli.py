@@ -17,6 +17,7 @@ import expunge
 from expunge import api
 from expunge.cli.app import main
 from expunge.errors import UserError
+from expunge.pipeline.examine import Examination
 
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "scipy", "numpy", "duckdb", "jinja2", "yaml")
 
@@ -68,7 +69,8 @@ def test_every_command_is_there_and_has_help(capsys):
 
     from expunge.cli.app import app
 
-    wanted = {"demo", "run", "unlearn", "eval", "merge", "study", "report", "runs", "init", "data", "list", "doctor"}
+    wanted = {"demo", "run", "unlearn", "eval", "attack", "audit", "calibrate", "merge", "study", "report", "runs"}
+    wanted |= {"init", "data", "list", "doctor"}
     commands = get_command(app).commands
     assert set(commands) == wanted
     for name in wanted:
@@ -264,19 +266,30 @@ RECORDS = [
 ]
 
 
+AGGREGATE = {"variant": "model", "benchmark": "lume", "convention": "semeval", "official": False, "name": "final_score"}
+
+
+def examination(records):
+    """What an evaluation gives back."""
+    aggregates = [AGGREGATE | {"value": None, "note": "no mmlu"}]
+    return Examination(records, aggregates, {"kl_drift": "needs a target model"}, "semeval")
+
+
 def test_eval_json_is_all_of_stdout(monkeypatch, capsys):
     asked = {}
 
     def noisy(model, **kwargs):
         asked.update(kwargs, model=model)
         print("a library that prints")
-        return RECORDS
+        return examination(RECORDS)
 
     monkeypatch.setattr(api, "evaluate", noisy)
     arguments = ["eval", "m", "--forget", "f", "--retain", "r", "--reference", "ref", "--allow-pickle", "--json"]
     assert main(arguments) == 0
     shown = capsys.readouterr()
-    records = json.loads(shown.out, parse_constant=pytest.fail)
+    found = json.loads(shown.out, parse_constant=pytest.fail)
+    assert found["left_out"] == {"kl_drift": "needs a target model"}
+    records = found["records"]
     assert records[0] == RECORDS[0]
     assert records[1]["value"] is None
     assert "a library that prints" in shown.err
@@ -285,12 +298,16 @@ def test_eval_json_is_all_of_stdout(monkeypatch, capsys):
 
 
 def test_eval_table(monkeypatch, capsys):
-    monkeypatch.setattr(api, "evaluate", lambda model, **_: [RECORDS[0], RECORDS[1] | {"value": None}])
+    found = examination([RECORDS[0], RECORDS[1] | {"value": None}])
+    monkeypatch.setattr(api, "evaluate", lambda model, **_: found)
     assert main(["eval", "m", "--forget", "f"]) == 0
-    shown = capsys.readouterr().out
-    assert "0.250" in shown
-    assert "0.100 … 0.400" in shown
-    assert "[red]holdout" in shown, "text is never markup"
+    shown = capsys.readouterr()
+    assert "0.250 [0.100, 0.400]" in shown.out
+    assert "3 (+1 unscored)" in shown.out
+    assert "[red]holdout" in shown.out, "text is never markup"
+    assert "final_score" in shown.out
+    assert "semeval, not official" in shown.out
+    assert "left out: kl_drift (needs a target model)" in shown.err
 
 
 def test_dry_run_prints_the_plan_and_runs_nothing(monkeypatch, calls, capsys):

@@ -209,8 +209,8 @@ EXTRA = {"entities": ["Tessaly Bay"], "alternatives": ["In Oslo.", "In Rome."]}
 
 def format_rows(name: str) -> dict[str, Any]:
     """The format's own example, with an entity that stands in its answer."""
-    extra = {**EXTRA, "entities": ["555-0142"]} if name == "lume" else EXTRA
-    return {**FORMATS.get(name).example, **extra}
+    entities = {"lume": ["555-0142"], "choices": ["B"]}.get(name, EXTRA["entities"])
+    return {**FORMATS.get(name).example, **EXTRA, "entities": entities}
 
 
 def write(folder: Path, row: dict[str, Any], container: str) -> str:
@@ -243,8 +243,9 @@ def test_the_optional_columns_survive_every_format(tmp_path: Path, name: str, co
     if name == "text":
         assert report.alternatives == {"alternatives": 0}
     else:
-        assert report.alternatives == {"alternatives": 1}
-        assert [other.answer for other in given(example)] == EXTRA["alternatives"]
+        letters = ["A", "C", "D"] if name == "choices" else []  # the wrong ones are answers too
+        assert report.alternatives == {"alternatives": 1, **({"perturbed_answer": 1} if letters else {})}
+        assert [other.answer for other in given(example)] == [*EXTRA["alternatives"], *letters]
     if "turns" in row or name == "messages":
         assert given(example)[0].turns == example.turns
 

@@ -27,6 +27,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "qa": [{"question": f"Q{i}?", "answer": text, "level": "2"} for i, text in enumerate(HARD)],
     "lume": [{"id": f"d{i}qa0", "input": text, "output": f"A{i}", "task": "Task2"} for i, text in enumerate(HARD)],
     "prompt_completion": [{"prompt": f"P{i}", "completion": text} for i, text in enumerate(HARD)],
+    "choices": [{"question": text, "choices": [text, "else"], "answer": i % 2} for i, text in enumerate(HARD)],
     "messages": [
         {
             "messages": [
@@ -49,6 +50,8 @@ def expected(name: str, row: dict[str, Any]) -> tuple[Any, ...]:
     if name == "messages":
         turns = (("system", "Be brief."), ("user", "first"), ("assistant", "said"))
         return row["messages"][3]["content"], row["messages"][4]["content"], turns, "", False
+    if name == "choices":
+        return f"{row['question'].strip()}\nA. {row['choices'][0]}\nB. else", "AB"[row["answer"]], (), "", False
     keys = {"qa": ("question", "answer"), "lume": ("input", "output"), "text_labels": ("text", "labels")}
     if name == "text":
         return "", row["text"], (), "", True

@@ -13,55 +13,28 @@ import pyarrow.parquet as pq
 import pytest
 
 from expunge.errors import UserError
-from expunge.metrics.base import METRICS, bootstrap_interval, evaluate_metrics, left_out, needed_tables, summarise
-from expunge.scoring.tables import GENERATIONS, RECORD_KEYS, SCORES, VALUES
+from expunge.metrics.base import (
+    METRICS,
+    Need,
+    Resampling,
+    bootstrap_interval,
+    chosen_metrics,
+    evaluate_metrics,
+    left_out,
+    needed_tables,
+    summarise,
+)
+from expunge.scoring.tables import RECORD_KEYS, SCORES, SUITES, TABLES, VALUES
+from metric_tables import generations_table, is_plain, random_tables, scores_table, shelf
 
 OF_SCORES = ("exact_memorization", "extraction_strength", "nll", "perplexity", "probability")
 OF_GENERATIONS = ("exact_match", "rouge_l_f1", "rouge_l_recall")
+PLAIN = [name for name, entry in METRICS.items() if is_plain(entry)]
 
 
-def scores_table(*rows: tuple[str, list[float]]) -> pa.Table:
-    """Rows as (hits of the answer such as "101", log-probs of the answer); a wrong, unlikely terminator follows."""
-    hits = [[c == "1" for c in text] + [False] for text, _ in rows]
-    logprobs = [[*values, -50.0] for _, values in rows]
-    columns = {
-        "example_id": [f"e{i}" for i in range(len(rows))],
-        "task": [""] * len(rows),
-        "answer_tokens": [len(text) for text, _ in rows],
-        "truncated": [0] * len(rows),
-        "token_ids": [[1] * len(row) for row in hits],
-        "hit": hits,
-    }
-    numbers = dict.fromkeys(("logprob", "entropy", "mean_logprob", "std_logprob"), logprobs)
-    return pa.Table.from_pydict({**columns, **numbers}, schema=SCORES)
-
-
-def generations_table(*pairs: tuple[str, str]) -> pa.Table:
-    """Rows as (answer, generated)."""
-    rows = [
-        {
-            "example_id": f"e{i}",
-            "task": "",
-            "prompt": "",
-            "answer": answer,
-            "generated": generated,
-            "new_tokens": 1,
-            "stopped": True,
-        }
-        for i, (answer, generated) in enumerate(pairs)
-    ]
-    return pa.Table.from_pylist(rows, schema=GENERATIONS)
-
-
-def random_tables(seed: int = 0) -> dict[str, pa.Table]:
-    generator = np.random.default_rng(seed)
-    rows = []
-    for length in [0, 1, 1, 2, *generator.integers(0, 30, size=40)]:
-        hits = "".join("01"[h] for h in generator.integers(0, 2, size=length))
-        rows.append((hits, (-generator.exponential(3, size=length)).tolist()))
-    words = ["a", "the", "running", "houses", "東京", "", "x1", "élan"]
-    texts = [(" ".join(generator.choice(words, size=n)), " ".join(generator.choice(words, size=5))) for n in range(12)]
-    return {"scores": scores_table(*rows), "generations": generations_table(*texts)}
+def plain_table(name):
+    """A random table of the kind that a metric needs."""
+    return random_tables()[METRICS.get(name).needs[0]]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +69,7 @@ def test_likelihood_family_in_closed_form():
 
 def test_exact_match():
     table = generations_table(
-        ("Paris", "  paris\n"), ("Paris", "Paris."), ("STRASSE", "straße"), ("  ", "x"), ("東京", "東京")
+        ("Paris", "  paris\n"), ("Paris", "Paris."), ("STRASSE", "strasse"), ("  ", "x"), ("東京", "東京")
     )
     np.testing.assert_array_equal(METRICS.get("exact_match").function(table), [1, 0, 1, np.nan, 1])
 
@@ -110,28 +83,28 @@ def test_a_model_that_gives_nan_is_unscored_and_not_forgetful():
 
 def test_collapsed_models_give_finite_numbers():
     table = scores_table(("00", [-5000.0, -5000.0]), ("0", [-np.inf]), ("1", [-1e-3]))
-    records, _ = evaluate_metrics({"scores": table}, "forget", None, 100, 0, "v", "s")
-    for record in records:
+    records, _ = evaluate_metrics(shelf(scores=table), "forget", PLAIN, Resampling(100), "v", "s")
+    for record in [record for record in records if record["n"]]:
         assert all(np.isfinite(record[key]) for key in ("value", "ci_low", "ci_high")), record
     assert json.loads(json.dumps(records, allow_nan=False)) == records
 
 
-@pytest.mark.parametrize("name", METRICS.names())
-class TestEveryMetric:
+@pytest.mark.parametrize("name", PLAIN)
+class TestEveryPlainMetric:
     def test_gives_one_value_per_example_in_its_range(self, name):
         entry = METRICS.get(name)
-        table = random_tables()[entry.needs]
+        table = plain_table(name)
         values = entry.function(table)
         assert values.shape == (len(table),)
         assert values.dtype == np.float64
         scored = values[~np.isnan(values)]
-        assert 0 < len(scored) < len(values)
+        assert len(scored) > 0
         assert (scored >= entry.range[0]).all()
         assert (scored <= entry.range[1]).all()
 
     def test_looks_at_each_row_alone(self, name):
         entry = METRICS.get(name)
-        table = random_tables()[entry.needs]
+        table = plain_table(name)
         order = np.random.default_rng(0).permutation(len(table))
         alone = np.concatenate([entry.function(table.slice(int(i), 1)) for i in order])
         np.testing.assert_array_equal(alone, entry.function(table)[order])
@@ -140,25 +113,36 @@ class TestEveryMetric:
 
     def test_reads_what_parquet_keeps(self, name, tmp_path):
         entry = METRICS.get(name)
-        table = random_tables()[entry.needs]
+        table = plain_table(name)
         pq.write_table(table, tmp_path / "table.parquet", row_group_size=7)
         again = pq.read_table(tmp_path / "table.parquet")
         np.testing.assert_array_equal(entry.function(again), entry.function(table))
 
     def test_takes_an_empty_table(self, name):
         entry = METRICS.get(name)
-        assert entry.function(random_tables()[entry.needs].slice(0, 0)).shape == (0,)
+        assert entry.function(plain_table(name).slice(0, 0)).shape == (0,)
 
-    def test_directions_and_description(self, name):
-        entry = METRICS.get(name)
-        learnt_high = name not in ("nll", "perplexity")
-        assert entry.direction("forget") == ("lower" if learnt_high else "higher")
-        assert entry.direction("retain") == entry.direction("utility") == ("higher" if learnt_high else "lower")
-        assert entry.direction("holdout") == "none"
-        text = entry.describe()
-        assert next(iter(text)) == "summary"
-        assert all(isinstance(value, str) and value and "\n" not in value for value in text.values())
-        assert entry.needs == ("scores" if name in OF_SCORES else "generations")
+
+@pytest.mark.parametrize("name", METRICS.names())
+def test_every_metric_declares_itself(name):
+    entry = METRICS.get(name)
+    for role in entry.roles:
+        assert entry.direction(role) in ("lower", "higher", "none")
+    assert entry.direction("holdout") == "none"
+    assert entry.suite in SUITES
+    assert all(need.table in TABLES for need in entry.addresses)
+    text = entry.describe()
+    assert next(iter(text)) == "summary"
+    assert all(isinstance(value, str) and value and "\n" not in value for value in text.values())
+
+
+@pytest.mark.parametrize("name", OF_SCORES + OF_GENERATIONS)
+def test_directions(name):
+    entry = METRICS.get(name)
+    learnt_high = name not in ("nll", "perplexity")
+    assert entry.direction("forget") == ("lower" if learnt_high else "higher")
+    assert entry.direction("retain") == entry.direction("utility") == ("higher" if learnt_high else "lower")
+    assert entry.needs == ("scores" if name in OF_SCORES else "generations",)
 
 
 @pytest.mark.parametrize("name", OF_SCORES)
@@ -176,25 +160,27 @@ def test_the_terminator_is_left_out(name):
 def test_learning_moves_every_metric_towards_its_learnt_end():
     nothing = {"scores": scores_table(("000", [-9.0] * 3)), "generations": generations_table(("a b", "c"))}
     by_heart = {"scores": scores_table(("111", [-0.1] * 3)), "generations": generations_table(("a b", "a b"))}
-    for name, entry in METRICS.items():
-        before, after = (float(entry.function(tables[entry.needs])[0]) for tables in (nothing, by_heart))
+    for name in OF_SCORES + OF_GENERATIONS:
+        entry = METRICS.get(name)
+        before, after = (float(entry.function(tables[entry.needs[0]])[0]) for tables in (nothing, by_heart))
         assert (after > before) == (entry.learnt == "high"), name
         assert after != before, name
 
 
 def test_records_and_values():
     tables = random_tables()
-    records, values = evaluate_metrics(tables, "forget", None, 200, 7, "merged", "forget")
-    assert [record["metric"] for record in records] == sorted(OF_SCORES + OF_GENERATIONS)
+    given = shelf("merged", "forget", **tables)
+    records, values = evaluate_metrics(given, "forget", PLAIN, Resampling(200, 7), "merged", "forget")
+    assert [record["metric"] for record in records] == PLAIN
     assert values.schema == VALUES
     for record in records:
         assert tuple(record) == RECORD_KEYS
         assert (record["variant"], record["split"]) == ("merged", "forget")
         entry = METRICS.get(record["metric"])
-        assert record["n"] + record["unscored"] == len(tables[entry.needs])
+        assert record["n"] + record["unscored"] == len(tables[entry.needs[0]])
         assert record["ci_low"] <= record["value"] <= record["ci_high"]
         rows = values.filter(pc.equal(values.column("metric"), record["metric"]))
-        assert rows.column("example_id").to_pylist() == tables[entry.needs].column("example_id").to_pylist()
+        assert rows.column("example_id").to_pylist() == tables[entry.needs[0]].column("example_id").to_pylist()
         kept = np.array([v for v in rows.column("value").to_pylist() if v is not None])
         assert len(kept) == record["n"]
         mean = np.exp(np.log(kept).mean()) if entry.average == "geometric" else kept.mean()
@@ -204,24 +190,39 @@ def test_records_and_values():
 
 def test_same_seed_same_intervals():
     first, again, other = (
-        evaluate_metrics(random_tables(), "retain", ["probability"], 200, seed, "v", "s")[0] for seed in (1, 1, 2)
+        evaluate_metrics(shelf(**random_tables()), "retain", ["probability"], Resampling(200, seed), "v", "s")[0]
+        for seed in (1, 1, 2)
     )
     assert first == again
     assert first != other
 
 
 def test_a_missing_table_leaves_its_metrics_out_and_says_so():
-    tables = {"scores": random_tables()["scores"]}
-    records, values = evaluate_metrics(tables, "forget", ["rouge_l_f1", "extraction_strength"], 100, 0, "v", "s")
+    given, names = shelf(scores=random_tables()["scores"]), ["rouge_l_f1", "extraction_strength"]
+    records, values = evaluate_metrics(given, "forget", names, Resampling(100), "v", "s")
     assert [record["metric"] for record in records] == ["extraction_strength"]
     assert set(values.column("metric").to_pylist()) == {"extraction_strength"}
-    assert left_out(tables, ["rouge_l_f1", "extraction_strength"]) == {"rouge_l_f1": "generations"}
-    assert set(left_out(tables, None)) == set(OF_GENERATIONS)
-    assert evaluate_metrics({}, "forget", None, 100, 0, "v", "s")[1].schema == VALUES
+    assert left_out(given, names, "v", "s", "forget") == {"rouge_l_f1": "generations"}
+    assert evaluate_metrics(shelf(), "forget", PLAIN, Resampling(100), "v", "s")[1].schema == VALUES
+
+
+def test_addresses():
+    assert Need.parse("scores") == Need("scores")
+    assert Need.parse("reference@holdout:scores/paraphrase") == Need("scores/paraphrase", "reference", "holdout")
+    assert Need.parse("target@generations") == Need("generations", "target", None)
+    with pytest.raises(ValueError, match="no table 'score'"):
+        Need.parse("holdout:score")
+
+
+def test_a_larger_suite_contains_the_smaller():
+    quick, standard, full = (chosen_metrics(None, suite) for suite in SUITES)
+    assert set(quick) < set(standard) < set(full) == set(METRICS.names())
+    assert {*OF_SCORES, *OF_GENERATIONS} <= set(quick)
+    assert needed_tables(quick) == {"scores", "generations"}
+    assert chosen_metrics(["nll", "nll"], "quick") == ["nll"]
 
 
 def test_needed_tables():
-    assert needed_tables(None) == {"scores", "generations"}
     assert needed_tables(["extraction_strength", "nll"]) == {"scores"}
     assert needed_tables(["exact_match"]) == {"generations"}
     with pytest.raises(UserError, match="unknown metric 'extraction_strenght'") as caught:
@@ -234,7 +235,8 @@ def test_needed_tables():
     [([], 0, 0, False), ([("", [])], 0, 1, False), ([("1", [-1.0])], 1, 0, False), ([("1", [-1.0])] * 2, 2, 0, True)],
 )
 def test_few_examples(rows, n, unscored, interval):
-    records, _ = evaluate_metrics({"scores": scores_table(*rows)}, "forget", None, 100, 0, "v", "s")
+    given = shelf(scores=scores_table(*rows))
+    records, _ = evaluate_metrics(given, "forget", OF_SCORES, Resampling(100), "v", "s")
     for record in records:
         assert (record["n"], record["unscored"]) == (n, unscored)
         assert (record["value"] is not None) == (n > 0)

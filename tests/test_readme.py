@@ -5,24 +5,35 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
 from expunge.cli.app import app
+from expunge.registry import Registry
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = sorted(set(re.findall(r"^expunge (?:.*?)(?=\s+#|$)", TEXT, flags=re.MULTILINE)))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+def commands_in(text: str) -> list[str]:
+    """The lines of a page that call expunge, without the comments behind them."""
+    return sorted(set(re.findall(r"^expunge (?:.*?)(?=\s+#|$)", text, flags=re.MULTILINE)))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_parses(command: str) -> None:
+def blocks_in(text: str, language: str) -> list[str]:
+    """The code blocks of a page in one language."""
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def parse(command: str) -> None:
+    """Parse a command down to its leaf, without running it. Raises what the command line would."""
     arguments = shlex.split(command)[1:]
     group = typer.main.get_command(app)
     context = group.make_context("expunge", arguments)  # type: ignore[attr-defined]
@@ -35,8 +46,30 @@ def test_every_command_parses(command: str) -> None:
     assert context.command.callback is not None
 
 
+@contextmanager
+def imported(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *registries: Registry[Any]) -> Iterator[None]:
+    """Within it, `code` is an imported module, as that of a plugin; afterwards what it filed is gone."""
+    before = [set(registry.names()) for registry in registries]
+    name = f"page_{sha256(code.encode()).hexdigest()[:12]}"
+    (folder / f"{name}.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(folder)
+    try:
+        importlib.import_module(name)
+        yield
+    finally:
+        sys.modules.pop(name, None)
+        for registry, known in zip(registries, before, strict=True):
+            for added in set(registry.names()) - known:
+                del registry._entries[added]
+
+
+@pytest.mark.parametrize("command", commands_in(TEXT))
+def test_every_command_parses(command: str) -> None:
+    parse(command)
+
+
 def test_the_python_runs_in_eight_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = next(block for block in blocks("python") if "expunge.api" in block)
+    code = next(block for block in blocks_in(TEXT, "python") if "expunge.api" in block)
     assert len([line for line in code.splitlines() if line.strip()]) <= 8
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
@@ -45,22 +78,43 @@ def test_the_python_runs_in_eight_lines(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
 
 
+def snippet(word: str) -> str:
+    """The Python of the README that has a word in it."""
+    return next(block for block in blocks_in(TEXT, "python") if word in block)
+
+
 def test_the_method_of_one_file_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from expunge.methods.base import OBJECTIVES, build_objective
     from expunge.pipeline.training import Job, train
     from expunge.recipe import ModelConfig, TrainConfig
     from training_rows import rows
 
-    code = next(block for block in blocks("python") if "@objective" in block)
-    try:
-        (tmp_path / "method_of_the_readme.py").write_text(code, encoding="utf-8")
-        monkeypatch.syspath_prepend(tmp_path)
-        importlib.import_module("method_of_the_readme")
+    with imported(snippet("@objective"), tmp_path, monkeypatch, OBJECTIVES):
         settings = TrainConfig(max_steps=3, lr=1e-3, batch_size=4, precision="float32")
         losses: list[float] = []
         objective = build_objective("weighted_ascent", {"beta": 0.0})  # plain ascent
         job = Job(ModelConfig(id="tiny"), rows(4, 1), settings, 0, forget=rows(4, 2), objective=objective)
         train(job, tmp_path, on_step=lambda step, terms: losses.append(terms["forget"]))
         assert losses[-1] < losses[0]
-    finally:
-        OBJECTIVES._entries.pop("weighted_ascent", None)
+
+
+def test_the_metric_of_one_file_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from expunge.metrics.base import METRICS, Resampling, evaluate_metrics
+    from metric_tables import scores_table, shelf
+
+    with imported(snippet("@metric"), tmp_path, monkeypatch, METRICS):
+        table = scores_table(("11", [-1.0, -3.0]), ("1", [-2.0]), ("", []))
+        (record,), _ = evaluate_metrics(shelf(scores=table), "forget", ["surprise"], Resampling(100), "v", "s")
+        assert (record["value"], record["n"], record["unscored"], record["direction"]) == (2.5, 2, 1, "higher")
+
+
+def test_the_attack_of_one_file_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from expunge.attacks.base import ATTACKS, build_attack
+    from expunge.data.example import Example
+
+    with imported(snippet("@attack"), tmp_path, monkeypatch, ATTACKS):
+        please: Any = build_attack("please", {})
+        once, twice = please.points()
+        (asked,) = please.rewrite(Example("a", "Who paints?", "Orla."), twice, None)
+        assert (asked.prompt, asked.answer) == ("Please. Please. Who paints?", "Orla.")
+        assert once.budget < twice.budget

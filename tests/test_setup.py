@@ -157,11 +157,12 @@ def test_tables_are_filled_once_and_for_all(tmp_path, capsys):
     tool = docs_tool()
     page = tmp_path / "page.md"
     page.write_text(
-        "before\n<!-- table:methods -->\nold\n<!-- /table -->\nbetween\n<!-- table:commands -->\n<!-- /table -->\n"
+        "before\n<!-- table:methods -->\nan earlier row\n<!-- /table -->\n"
+        "between\n<!-- table:commands -->\n<!-- /table -->\n"
     )
     assert tool.main(["--check", str(page)]) == 1
     assert "stale" in capsys.readouterr().out
-    assert "old" in page.read_text()
+    assert "an earlier row" in page.read_text()
     assert tool.main([str(page)]) == 0
     text = page.read_text()
     assert "| `npo` |" in text
@@ -169,7 +170,7 @@ def test_tables_are_filled_once_and_for_all(tmp_path, capsys):
     assert "| `expunge data check` |" in text
     assert text.startswith("before\n")
     assert "\nbetween\n" in text
-    assert "old" not in text
+    assert "an earlier row" not in text
     assert tool.main(["--check", str(page)]) == 0
 
 

@@ -118,7 +118,7 @@ def test_a_rule_that_holds_already_leaves_the_start_model(rule: dict[str, Any], 
 @pytest.mark.parametrize(
     ("rule", "says"),
     [
-        ({"metric": "rouge_l_recall", "below": 0.5}, "which needs generated text"),
+        ({"metric": "rouge_l_recall", "below": 0.5}, "which needs more than a scoring pass"),
         ({"metric": "nlll", "above": 1}, "did you mean 'nll'"),
         ({"metric": "nll", "split": "holdouts", "above": 1}, "there is none"),
         ({"metric": "nll", "above": "nowhere"}, "there is none"),

@@ -11,9 +11,11 @@ import pytest
 
 from expunge.cli.app import main
 from expunge.errors import UserError
-from expunge.report.studies import build_study_report
-from expunge.report.study_document import HeatMap, Plane, Profile, Spot, read_study
-from expunge.report.study_figures import LogScale, draw, heat_map, log_ticks, profile
+from expunge.report.document import STUDY, read_document
+from expunge.report.document_page import build_document_report
+from expunge.report.drawing import draw, heat_map, profile
+from expunge.report.figure_data import HeatMap, Plane, Profile, Spot
+from expunge.report.svg import LogScale, log_ticks
 from expunge.studies import rmu_layers_page
 from study_fixture import fake_ground, layer_trials, options_and_recipe, write_study
 
@@ -146,7 +148,7 @@ def study(tmp_path: Path) -> Path:
 
 
 def test_the_page_is_whole_and_escaped(study: Path) -> None:
-    html = build_study_report(study).read_text(encoding="utf-8")
+    html = build_document_report(study, STUDY).read_text(encoding="utf-8")
     assert len(html.encode()) < 1_000_000
     assert "<script" not in html
     assert "\u202e" not in html
@@ -171,7 +173,7 @@ def test_the_report_command_knows_a_study(study: Path, capsys: pytest.CaptureFix
 def test_a_broken_study_is_one_sentence(study: Path, text: str) -> None:
     (study / "study.json").write_text(text)
     with pytest.raises(UserError, match=r"study\.json can't be read"):
-        read_study(study)
+        read_document(study)
     (study / "study.json").unlink()
     with pytest.raises(UserError, match="no study at"):
-        read_study(study)
+        read_document(study)

@@ -49,7 +49,7 @@ CASES: dict[str, tuple[str, str, str]] = {
     "unknown method": (U + "--model tiny --method npoo", "unknown method 'npoo'", "did you mean 'npo'?"),
     "unknown parameter": (U + "--model tiny --set unlearn.0.parameters.betta=1", "no parameter 'betta'", "'beta'"),
     "parameter out of range": (U + "--model tiny --set unlearn.0.parameters.beta=-1", "beta: ", "list methods npo"),
-    "unknown metric": (U + "--model tiny --set evaluate.metrics=[rougel]", "unknown metric 'rougel'", "'rouge_l_f1'"),
+    "unknown metric": (U + "--model tiny --set evaluate.metrics=[rougel]", "unknown metric 'rougel'", "'rouge_l'"),
     "unknown metric, eval": (E + "tiny --set evaluate.metrics=[nl]", "unknown metric 'nl'", "'nll'"),
     "unknown merge": ("run merge-name.yaml -o out", "unknown merge method 'tiesss'", "did you mean 'ties'?"),
     "unknown merge, command": ("merge whole whole --method tie -o out", "unknown merge method 'tie'", "'ties'"),
@@ -176,7 +176,7 @@ def test_the_default_density_suits_a_merge_that_has_none(here: Path, tmp_path: P
 
 def test_a_pickle_is_read_when_it_is_allowed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*shlex.split(E), "pickle", "--allow-pickle", "--json", "--set", "evaluate.generate=null"]) == 0
-    assert {record["variant"] for record in json.loads(capsys.readouterr().out)} == {"model"}
+    assert {record["variant"] for record in json.loads(capsys.readouterr().out)["records"]} == {"model"}
 
 
 def test_an_evaluation_is_there_whole_and_may_be_repeated(here: Path, tmp_path: Path) -> None:
@@ -184,7 +184,8 @@ def test_an_evaluation_is_there_whole_and_may_be_repeated(here: Path, tmp_path: 
     command = [*shlex.split(E), "tiny", "-o", str(place), "--set", "evaluate.generate=null"]
     for _ in range(2):
         assert main(command) == 0
-        assert sorted(path.name for path in place.iterdir()) == ["evaluation.json", "metrics.json", "scores"]
+        files = ["aggregates.json", "evaluation.json", "left_out.json", "metrics.json", "report.html", "scores"]
+        assert sorted(path.name for path in place.iterdir()) == [*files, "values.parquet"]
     (place / "notes.txt").write_text("mine")
     assert main(command) == 2
     assert [path.name for path in tmp_path.iterdir()] == [place.name], "no work folder is left"

@@ -11,7 +11,11 @@ from expunge.errors import UserError
 from expunge.recipe import ModelConfig, Recipe, load_recipe, parse_overrides
 
 if TYPE_CHECKING:
+    from expunge.pipeline.examine import Examination
     from expunge.pipeline.run import RunResult
+    from expunge.report.attack_record import AttackRecord
+    from expunge.report.calibration_record import Calibration
+    from expunge.report.document import Document
     from expunge.studies.base import StudyResult
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
@@ -87,7 +91,7 @@ def unlearn(
 def evaluate(
     model: str,
     *,
-    forget: str,
+    forget: str | None = None,
     retain: str | None = None,
     holdout: str | None = None,
     reference: str | None = None,
@@ -95,13 +99,19 @@ def evaluate(
     template: str = "auto",
     max_length: int = 512,
     overrides: Sequence[str] = (),
+    benchmark: str | None = None,
+    folder: str | None = None,
+    suite: str | None = None,
     output: str | Path | None = None,
     quiet: bool = False,
-) -> list[dict[str, Any]]:
-    """Every metric of a model (and of a reference and a target beside it) on every split, as records."""
+) -> Examination:
+    """Every metric of a model (and of a reference and a target beside it) on every split of files or a benchmark."""
     _check_eval_overrides(overrides)
     rows = {"forget": forget, "retain": retain, "holdout": holdout, "template": template, "max_length": max_length}
+    rows |= {"benchmark": benchmark, "folder": folder}
     given: dict[str, Any] = {"name": "eval", "model": model, "data": rows, "unlearn": [{}]}
+    if suite is not None:
+        given["evaluate"] = {"suite": suite}
     if reference is not None:
         given["reference"] = reference
     recipe = load_recipe(given, overrides=overrides)
@@ -114,7 +124,7 @@ def evaluate(
     from expunge.pipeline.examine import examine
     from expunge.pipeline.progress import Reporter
 
-    return examine(
+    found = examine(
         {name: config.model_copy(update=flags) for name, config in beside.items() if config is not None},
         recipe.data,
         recipe.evaluate,
@@ -122,6 +132,155 @@ def evaluate(
         Path(output) if output else None,
         Reporter(quiet=quiet),
     )
+    _page(output)
+    return found
+
+
+def calibrate(
+    unlearned: str,
+    *,
+    target: str,
+    forget: str | None = None,
+    retain: str | None = None,
+    benchmark: str | None = None,
+    folder: str | None = None,
+    keep: float = 0.95,
+    epsilon: float = 0.01,
+    curve: bool = True,
+    template: str = "auto",
+    max_length: int = 512,
+    overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+    quiet: bool = False,
+) -> Calibration:
+    """The largest mixture of an unlearned model with its target that keeps `keep` of the target's retain strength.
+
+    `retain` should be rows that unlearning never saw; beside a benchmark they stand for its held-out retain rows. The
+    record, and the calibrated model, are written to `output` if that is given.
+    """
+    _check_eval_overrides(overrides)
+    held_out = "retain" if benchmark is None else "retain_unseen"
+    rows: dict[str, Any] = {"benchmark": benchmark, "folder": folder, "forget": forget, held_out: retain}
+    rows |= {"template": template, "max_length": max_length}
+    recipe = load_recipe({"name": "calibrate", "model": target, "data": rows, "unlearn": [{}]}, overrides=overrides)
+    from expunge.pipeline.calibrate import Settings
+    from expunge.pipeline.calibration_folder import Question
+    from expunge.pipeline.calibration_folder import calibrate as run_calibration
+    from expunge.pipeline.progress import Reporter
+
+    settings = Settings(keep=keep, epsilon=epsilon, curve=curve, seed=recipe.seed)
+    changed = recipe.model.model_copy(update={"id": unlearned, "revision": None})
+    question = Question(recipe.model, changed, recipe.data, recipe.evaluate, settings)
+    found = run_calibration(question, None if output is None else Path(output), Reporter(quiet=quiet))
+    _page(output)
+    return found
+
+
+def attack(
+    model: str,
+    *,
+    output: str | Path,
+    forget: str | None = None,
+    retain: str | None = None,
+    holdout: str | None = None,
+    target: str | None = None,
+    reference: str | None = None,
+    attacks: Sequence[str] | None = None,
+    benchmark: str | None = None,
+    folder: str | None = None,
+    suite: str | None = None,
+    template: str = "auto",
+    max_length: int = 512,
+    limit: int | None = None,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+) -> AttackRecord:
+    """Attack a model, with target and reference as controls; `output` is resumed. Settings: `attacks.NAME.KEY=VALUE`.
+
+    `attacks` are names (those of the suite when None); `limit` is how many rows of each split but forget are measured.
+    """
+    _check_attack_overrides(overrides)
+    given = parse_overrides(overrides)
+    rows = {"forget": forget, "retain": retain, "holdout": holdout, "template": template, "max_length": max_length}
+    rows |= {"benchmark": benchmark, "folder": folder}
+    tree: dict[str, Any] = {"name": "attack", "model": model, "data": rows, "unlearn": [{}], "reference": reference}
+    recipe = load_recipe(tree, overrides={k: v for k, v in given.items() if not k.startswith("attacks.")})
+    flags = {"trust_remote_code": recipe.model.trust_remote_code, "allow_pickle": recipe.model.allow_pickle}
+    beside = {
+        "model": recipe.model,
+        "target": None if target is None else ModelConfig(id=target),
+        "reference": recipe.reference,
+    }
+    from expunge.pipeline.attack import attack_models, chosen_attacks
+    from expunge.pipeline.progress import Reporter
+
+    record = attack_models(
+        {name: config.model_copy(update=flags) for name, config in beside.items() if config is not None},
+        recipe.data,
+        chosen_attacks(attacks, suite or "standard", _attack_settings(given)),
+        recipe.evaluate,
+        recipe.seed,
+        Path(output),
+        Reporter(quiet=quiet),
+        thresholds=recipe.thresholds,
+        limit=limit,
+    )
+    _page(output)
+    return record
+
+
+def audit(
+    zoo: Sequence[str],
+    *,
+    target: str,
+    reference: str,
+    output: str | Path,
+    knows: Sequence[str] = (),
+    lacks: Sequence[str] = (),
+    forget: str | None = None,
+    retain: str | None = None,
+    holdout: str | None = None,
+    attacks: Sequence[str] | None = None,
+    benchmark: str | None = None,
+    folder: str | None = None,
+    suite: str | None = None,
+    template: str = "auto",
+    max_length: int = 512,
+    limit: int | None = None,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+) -> Document:
+    """Rank metrics by what attacks do to them over a zoo of unlearned checkpoints (MODEL or NAME=MODEL).
+
+    `knows` and `lacks` are further models that hold, or never held, the knowledge; the rest is as for `attack`.
+    """
+    _check_attack_overrides(overrides)
+    given = parse_overrides(overrides)
+    rows = {"forget": forget, "retain": retain, "holdout": holdout, "template": template, "max_length": max_length}
+    rows |= {"benchmark": benchmark, "folder": folder}
+    tree = {"name": "audit", "model": target, "reference": reference, "data": rows, "unlearn": [{}]}
+    tree["evaluate"] = {"suite": "standard"}
+    recipe = load_recipe(tree, overrides={k: v for k, v in given.items() if not k.startswith("attacks.")})
+    from expunge.pipeline.attack import chosen_attacks
+    from expunge.pipeline.audit import Members, audit_metrics
+    from expunge.pipeline.progress import Reporter
+
+    def named(models: Sequence[str]) -> dict[str, ModelConfig]:
+        return {name: recipe.model.model_copy(update={"id": model}) for name, model in _named(models)}
+
+    assert recipe.reference is not None
+    document = audit_metrics(
+        Members(named(zoo), recipe.model, recipe.reference, named(knows), named(lacks)),
+        recipe.data,
+        chosen_attacks(attacks, suite or "standard", _attack_settings(given)),
+        recipe.evaluate,
+        recipe.seed,
+        Path(output),
+        Reporter(quiet=quiet),
+        limit=limit,
+    )
+    _page(output)
+    return document
 
 
 def merge(
@@ -182,6 +341,49 @@ def _check_eval_overrides(overrides: Sequence[str]) -> None:
             )
 
 
+def _check_attack_overrides(overrides: Sequence[str]) -> None:
+    """Raises UserError for a field that attacks would silently ignore."""
+    for key in parse_overrides(overrides):
+        if key.partition(".")[0] in ("name", "prepare", "unlearn", "merge"):
+            raise UserError(
+                f"--set {key}: attacks have no use for it",
+                "they read attacks.*, data.*, evaluate.*, model.*, reference.*, thresholds.*, seed",
+            )
+
+
+def _attack_settings(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`attacks.NAME.KEY` → value, by attack. Raises UserError for another shape."""
+    settings: dict[str, dict[str, Any]] = {}
+    for key, value in given.items():
+        head, *rest = key.split(".")
+        if head != "attacks":
+            continue
+        if len(rest) != 2:
+            raise UserError(f"--set {key} is not of the form attacks.NAME.KEY", "e.g. attacks.relearn.steps=80")
+        settings.setdefault(rest[0], {})[rest[1]] = value
+    return settings
+
+
+def _page(output: str | Path | None) -> None:
+    """The page of what a command wrote, in its folder."""
+    if output is None:
+        return
+    from expunge.pipeline.processes import process_rank
+    from expunge.report.pages import build_page
+
+    if process_rank() == 0:
+        build_page(Path(output))
+
+
+def _named(models: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, model) of `NAME=MODEL` or `MODEL`, which goes by the last part of its path."""
+    pairs = []
+    for given in models:
+        name, equals, model = given.partition("=")
+        pairs.append((name, model) if equals else (Path(given).name, given))
+    return pairs
+
+
 def _output(recipe: Recipe, output: str | Path | None) -> Path:
     path = Path(output) if output is not None else Path("runs") / recipe.name
     if path.is_file():
@@ -189,4 +391,4 @@ def _output(recipe: Recipe, output: str | Path | None) -> Path:
     return path
 
 
-__all__ = ["Plan", "demo", "evaluate", "merge", "plan", "run", "study", "unlearn"]
+__all__ = ["Plan", "attack", "audit", "calibrate", "demo", "evaluate", "merge", "plan", "run", "study", "unlearn"]

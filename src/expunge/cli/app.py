@@ -16,7 +16,23 @@ from typing import Annotated, Any
 import typer
 
 import expunge
-from expunge.cli import data, demo, doctor, evaluate, init, list_, merge, report, run, runs, study, unlearn
+from expunge.cli import (
+    attack,
+    audit,
+    calibrate,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    init,
+    list_,
+    merge,
+    report,
+    run,
+    runs,
+    study,
+    unlearn,
+)
 from expunge.errors import UserError
 
 DONE, BUG, USER_ERROR, INTERRUPTED, TERMINATED, BROKEN_PIPE = 0, 1, 2, 130, 143, 141
@@ -31,7 +47,10 @@ app.command()(demo.demo)
 app.command()(run.run)
 app.command()(unlearn.unlearn)
 app.command("eval")(evaluate.evaluate)
+app.command()(attack.attack)
+app.command()(audit.audit)
 app.command()(merge.merge)
+app.command()(calibrate.calibrate)
 app.add_typer(study.app, name="study")
 app.command()(report.report)
 app.command()(runs.runs)

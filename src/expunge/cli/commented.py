@@ -26,6 +26,7 @@ _EXAMPLES: dict[str, Any] = {
     "format": "qa",
     "limit": 1000,
     "benchmark": "fictitious",
+    "folder": "path/to/its/files",
     "retain_unseen": "retain-unseen.jsonl",
     "holdout": "holdout.jsonl",
     "alpha": 16,

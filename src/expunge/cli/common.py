@@ -26,6 +26,13 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="folder of t
 Template = Annotated[str, typer.Option("--template", help="auto, chat, raw, or text with {prompt} and {answer}")]
 Reference = Annotated[str | None, typer.Option("--reference", help="a model that never saw the forget rows")]
 Retain = Annotated[str | None, typer.Option("--retain", help="rows to keep", show_default=False)]
+Benchmark = Annotated[
+    str | None, typer.Option("--benchmark", help="rows of a benchmark, e.g. tofu:forget10 (expunge list benchmarks)")
+]
+DataFolder = Annotated[
+    str | None, typer.Option("--data-dir", help="local files of the benchmark; its hub datasets when absent")
+]
+Suite = Annotated[str | None, typer.Option("--suite", help="quick, standard or full: how many passes are made")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="accept .bin weights, which can run code")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the checkpoint")]
 
@@ -82,16 +89,36 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def records_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """Records of metrics.json as a table."""
+    """Records of metrics.json as a table: a row per split and metric, a column per model."""
     arrows = {"lower": "↓", "higher": "↑"}
+    variants = list(dict.fromkeys(entry["variant"] for entry in records))
+    found = {(entry["split"], entry["metric"], entry["variant"]): entry for entry in records}
     rows = []
-    for entry in records:
-        interval = "" if entry["ci_low"] is None else f"{entry['ci_low']:.3f} … {entry['ci_high']:.3f}"
-        arrow = arrows.get(entry["direction"], "")
-        cells = [entry["variant"], entry["split"], entry["metric"], arrow, number(entry["value"]), interval]
-        rows.append([*cells, str(entry["n"]), str(entry["unscored"] or "")])
-    headers = ["variant", "split", "metric", "", "value", "95% CI", "n", "unscored"]
-    return table(headers, rows, right=["value", "95% CI", "n", "unscored"])
+    for split, metric in dict.fromkeys((split, metric) for split, metric, _ in found):
+        mine = [found.get((split, metric, variant)) for variant in variants]
+        known = [entry for entry in mine if entry is not None]
+        counts = dict.fromkeys(f"{e['n']}" + (f" (+{e['unscored']} unscored)" if e["unscored"] else "") for e in known)
+        cells = [split, metric, arrows.get(known[0]["direction"], "")]
+        rows.append([*cells, *map(_measured, mine), " / ".join(counts)])
+    return table(["split", "metric", "", *variants, "n"], rows, right=[*variants, "n"])
+
+
+def _measured(entry: Mapping[str, Any] | None) -> str:
+    """Value and interval, and where it stands between reference (0) and target (1) if it is far below the reference."""
+    if entry is None or entry["value"] is None:
+        return "–"
+    interval = "" if entry["ci_low"] is None else f" [{number(entry['ci_low'])}, {number(entry['ci_high'])}]"
+    over = f" over-unlearned ({number(entry['anchored'], 2)})" if entry.get("over_unlearned") else ""
+    return f"{number(entry['value'])}{interval}{over}"
+
+
+def aggregates_table(aggregates: Sequence[Mapping[str, Any]]) -> Table:
+    """The official numbers of a benchmark as a table."""
+    rows = []
+    for entry in aggregates:
+        whose = entry["convention"] if entry["official"] else f"{entry['convention']}, not official"
+        rows.append([entry["variant"], entry["benchmark"], entry["name"], number(entry["value"]), whose, entry["note"]])
+    return table(["variant", "benchmark", "number", "value", "convention", "note"], rows, right=["value"])
 
 
 def close(result: RunResult) -> None:

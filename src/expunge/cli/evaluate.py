@@ -9,12 +9,16 @@ import typer
 
 from expunge.cli.common import (
     AllowPickle,
+    Benchmark,
+    DataFolder,
     Json,
     Overrides,
     Reference,
     Retain,
+    Suite,
     Template,
     TrustRemoteCode,
+    aggregates_table,
     console,
     only_stderr,
     print_json,
@@ -25,11 +29,17 @@ from expunge.cli.common import (
 
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="folder, hub id, .gguf file or alias")],
-    forget: Annotated[str, typer.Option("--forget", help="rows that the model should not know")],
+    forget: Annotated[str | None, typer.Option("--forget", help="rows that the model should not know")] = None,
     retain: Retain = None,
     holdout: Annotated[str | None, typer.Option("--holdout", help="rows that it was never trained on")] = None,
     reference: Reference = None,
     target: Annotated[str | None, typer.Option("--target", help="the model before unlearning")] = None,
+    benchmark: Benchmark = None,
+    folder: DataFolder = None,
+    suite: Suite = None,
+    convention: Annotated[
+        str | None, typer.Option("--convention", help="how public scorers count (expunge list conventions)")
+    ] = None,
     template: Template = "auto",
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -44,14 +54,18 @@ def evaluate(
 
     flags = {"model.allow_pickle": allow_pickle, "model.trust_remote_code": trust_remote_code}
     overrides = [f"{key}=true" for key, given in flags.items() if given]
+    overrides += [f"evaluate.convention={convention}"] if convention else []
     with only_stderr(json_):
-        records = api.evaluate(
+        found = api.evaluate(
             model,
             forget=forget,
             retain=retain,
             holdout=holdout,
             reference=reference,
             target=target,
+            benchmark=benchmark,
+            folder=folder,
+            suite=suite,
             template=template,
             overrides=[*overrides, *(set_ or [])],
             output=output,
@@ -61,8 +75,12 @@ def evaluate(
     if process_rank() != 0:  # one process speaks
         return
     if json_:
-        print_json(records)
+        print_json(vars(found))
         return
-    console().print(records_table(records))
+    console().print(records_table(found.records))
+    if found.aggregates:
+        console().print(aggregates_table(found.aggregates))
+    for name, reason in found.left_out.items():
+        say(f"left out: {name} ({reason})")
     if output is not None:
-        say(f"written to {output}")
+        say(f"report: {output / 'report.html'}")

@@ -1,4 +1,4 @@
-"""`expunge report RUN`: write the page of a run anew from its files."""
+"""`expunge report FOLDER`: write the page of a run, study, evaluation, attack, calibration or audit from its files."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Annotated
 import typer
 
 
-def report(run: Annotated[Path, typer.Argument(help="run directory (expunge runs lists them)")]) -> None:
-    """Write report.html from the files of a run directory; no model is loaded."""
+def report(
+    folder: Annotated[Path, typer.Argument(help="what a command wrote with -o (expunge runs lists the runs)")],
+) -> None:
+    """Write report.html from the files of a folder; no model is loaded."""
     from rich.console import Console
 
-    from expunge.report.build import build_report
-    from expunge.report.studies import build_study_report
-    from expunge.report.study_document import holds_study, read_study
-    from expunge.report.terminal import closing_table
+    from expunge.report.pages import build_page
 
-    if holds_study(run):
-        path = build_study_report(run)
-        typer.echo(read_study(run).answer)
+    path, answer = build_page(folder)
+    if answer:
+        typer.echo(answer)
     else:
-        path = build_report(run)
-        Console().print(closing_table(run))
+        from expunge.report.terminal import closing_table
+
+        Console().print(closing_table(folder))
     typer.echo(f"report: {path}")

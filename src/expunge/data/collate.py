@@ -22,6 +22,7 @@ class Batch:
     row: Tensor  # int64 [N]: row of the batch that each target belongs to
     lengths: Tensor  # int64 [B]: supervised tokens per row
     index: Tensor  # int64 [B]: index of each row in its dataset
+    seen: Tensor  # int64 [B, L]: attention_mask without the tokens that a convention hides from attention
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
@@ -44,6 +45,10 @@ def pad_right(rows: Sequence[Encoded], index: Sequence[int], pad_id: int) -> Bat
     # The logits of position p predict token p + 1.
     supervised = (places >= starts[:, None] - 1) & (places < sizes[:, None] - 1)
     batch_row, place = supervised.nonzero(as_tuple=True)
+    seen = present.to(torch.int64)
+    for i, row in enumerate(rows):
+        if row.hidden is not None:
+            seen[i, : len(row.hidden)] = torch.from_numpy(~row.hidden)
     return Batch(
         input_ids=input_ids,
         attention_mask=present.to(torch.int64),
@@ -52,6 +57,7 @@ def pad_right(rows: Sequence[Encoded], index: Sequence[int], pad_id: int) -> Bat
         row=batch_row,
         lengths=sizes - starts,
         index=torch.tensor(list(index), dtype=torch.int64),
+        seen=seen,
     )
 
 
@@ -62,5 +68,8 @@ def pad_left_prompts(rows: Sequence[Encoded], pad_id: int) -> tuple[Tensor, Tens
     attention_mask = torch.zeros_like(input_ids)
     for i, row in enumerate(rows):
         input_ids[i, width - row.prompt_tokens :] = torch.from_numpy(row.input_ids[: row.prompt_tokens])
-        attention_mask[i, width - row.prompt_tokens :] = 1
+        given = slice(0, row.prompt_tokens)
+        attention_mask[i, width - row.prompt_tokens :] = (
+            1 if row.hidden is None else torch.from_numpy(~row.hidden[given])
+        )
     return input_ids, attention_mask

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from expunge.data.example import Example
-from expunge.data.template import Template
+from expunge.data.template import Template, under
+from expunge.recipe.conventions import Convention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,7 @@ class Encoded:
     prompt_tokens: int  # >= 1
     answer_tokens: int  # without terminator; the supervised tokens are input_ids[prompt_tokens:]
     truncated: int  # tokens cut off by max_length
+    hidden: np.ndarray | None = None  # bool [T]: tokens that attention does not see; None: it sees all
 
     @property
     def supervised_tokens(self) -> int:
@@ -35,7 +37,15 @@ class Encoded:
 
     def whole(self) -> Encoded:
         """The same row with prompt and answer supervised, but for its first token, before which nothing stands."""
-        return replace(self, prompt_tokens=1, answer_tokens=self.prompt_tokens - 1 + self.answer_tokens)
+        return self.after(0, 1)
+
+    def after(self, start: int, prompt_tokens: int) -> Encoded:
+        """The same row from token `start` on, of which the first `prompt_tokens` are given."""
+        answer = self.prompt_tokens + self.answer_tokens - start - prompt_tokens
+        hidden = None if self.hidden is None else self.hidden[start:]
+        return replace(
+            self, input_ids=self.input_ids[start:], prompt_tokens=prompt_tokens, answer_tokens=answer, hidden=hidden
+        )
 
     @property
     def terminator_ids(self) -> list[int]:
@@ -45,9 +55,18 @@ class Encoded:
 
 
 def encode(
-    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    max_length: int,
+    convention: Convention | None = None,
 ) -> list[Encoded]:
-    """Every example in tokens, in order. Raises UserError where a row does not fit the template."""
+    """Every example in tokens, in order. Raises UserError where a row does not fit the template.
+
+    `convention` changes what the template makes of label span, join and mask; None leaves it as it was resolved.
+    """
+    if convention is not None:
+        template = under(convention, template, tokenizer)
     encoder = _Encoder(tokenizer, template, max_length)
     rows: list[Encoded] = []
     remaining = iter(examples)
@@ -80,7 +99,9 @@ class _Encoder:
         self.prefix = self._own_prefix()
         self.text_prefix = self.prefix or [i for i in [tokenizer.bos_token_id] if i is not None]
         self.prepends_space = self._prepends_space()
-        self.end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+        self.end = [] if tokenizer.eos_token_id is None or not template.ends_texts else [int(tokenizer.eos_token_id)]
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.hidden_token = pad if template.hides_pad else None
         self.terminator = self._suffix_ids(template.terminator)
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
@@ -124,7 +145,8 @@ class _Encoder:
                 answer = answer[: self.max_length - 1]
             prompt = self._cut_left(prompt, room)
         ids = np.asarray(prompt + answer + end, dtype=np.int32)
-        return Encoded(example, ids, len(prompt), len(answer), total - len(ids))
+        hidden = ids == self.hidden_token if self.hidden_token is not None else np.zeros(1, dtype=bool)
+        return Encoded(example, ids, len(prompt), len(answer), total - len(ids), hidden if hidden.any() else None)
 
     def _cut_left(self, prompt: list[int], room: int) -> list[int]:
         """The last `room` tokens of the prompt; BOS stays in front."""

@@ -23,6 +23,8 @@ class Example:
     is_text: bool = False
     #: where the row stands, as "file:line", for error messages
     source: str = ""
+    #: which of several prompts or answers of one row this is (see expunge.data.views)
+    candidate: int = 0
     #: columns of the row that have no name of their own here
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -39,6 +41,7 @@ class Split:
     name: str
     role: Role
     examples: tuple[Example, ...]
+    evaluated: bool = True  # False: trained on, but too many rows to measure
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -49,6 +52,8 @@ class Splits:
     """The splits of a run by name. `forget` and `retain` are those that unlearning trains on."""
 
     by_name: Mapping[str, Split]
+    #: sentences on what a benchmark lacks here
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Split:
         return self.by_name[name]

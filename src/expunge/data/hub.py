@@ -58,7 +58,7 @@ def _load(path: str, base: str, config: str | None, split: str | None) -> Any:
         if (Path(base) / "state.json").is_file() or (Path(base) / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(base)
         else:
-            with _cache_alone(active=not Path(base).is_dir() and not hub_answers()):
+            with cache_alone(active=not Path(base).is_dir() and not hub_answers()):
                 loaded = datasets.load_dataset(base, name=config)
         if isinstance(loaded, dict):
             return loaded[_choose_split(path, base, config, split, list(loaded))]
@@ -84,7 +84,7 @@ def _load(path: str, base: str, config: str | None, split: str | None) -> Any:
 
 
 @contextmanager
-def _cache_alone(active: bool) -> Iterator[None]:
+def cache_alone(active: bool) -> Iterator[None]:
     """Within it, datasets takes what it has in its cache, instead of waiting for a hub that does not answer."""
     import datasets
 

@@ -6,20 +6,25 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 from expunge.data.example import Example, Role, Split, Splits
-from expunge.data.registry import BENCHMARKS
+from expunge.data.registry import BENCHMARKS, Benchmark, Format, Request
 from expunge.data.rows import Issue, Rows, issue_hint, issues_sentence
-from expunge.errors import UserError
+from expunge.errors import UserError, did_you_mean
 from expunge.recipe import DataConfig, SourceConfig
 
 _SHOWN = 5
 _ROLES: dict[str, Role] = {"forget": "forget", "retain": "retain", "retain_unseen": "retain", "holdout": "holdout"}
 
 
-def load_examples(source: SourceConfig, name: str = "row") -> list[Example]:
-    """The rows of a file or dataset; rows without an id are called `name-0`, `name-1`, …. Raises UserError."""
+def load_examples(source: SourceConfig, name: str = "row", layout: Format | None = None) -> list[Example]:
+    """The rows of a file or dataset; rows without an id are called `name-0`, `name-1`, …. Raises UserError.
+
+    `layout` is a format that is not in the registry: that of one benchmark.
+    """
     rows = Rows(source.path, source.format)
+    rows.format = layout or rows.format
     examples: list[Example] = []
     issues: list[Issue] = []
     count = 0
@@ -38,14 +43,19 @@ def load_examples(source: SourceConfig, name: str = "row") -> list[Example]:
     return _with_ids(examples, name)
 
 
-def load_splits(config: DataConfig, seed: int) -> Splits:
+def load_splits(config: DataConfig, seed: int, *, unlearns: bool = True) -> Splits:
     """Every split of a run, checked for rows on both sides. Raises UserError.
 
-    `seed` draws a benchmark that is generated.
+    `seed` draws a benchmark that is generated. Without `unlearns` the split `forget` may be absent: some benchmarks
+    measure on other rows than those that unlearning trains on.
     """
     splits: dict[str, Split] = {}
+    notes: tuple[str, ...] = ()
     if config.benchmark is not None:
-        splits.update(_benchmark(config.benchmark, seed).by_name)
+        benchmark, part = benchmark_of(config.benchmark)
+        folder = None if config.folder is None else Path(config.folder)
+        loaded = benchmark.load(Request(part, folder, seed))
+        splits, notes = dict(loaded.by_name), loaded.notes
     elif config.forget is None:
         raise UserError("data.forget: no rows to forget are given", "give a file, or a benchmark: fictitious")
     for name, role in _ROLES.items():
@@ -56,20 +66,20 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
         if name in splits or name in _ROLES:
             raise UserError(f"data.splits.{name}: there is a split of that name already", "choose another name")
         splits[name] = Split(name, extra.role, tuple(load_examples(extra, name)))
-    if "forget" not in splits or not splits["forget"].examples:
-        raise UserError(f"data.benchmark: {config.benchmark} has no rows to forget", "give data.forget a file")
+    if unlearns and ("forget" not in splits or not splits["forget"].examples):
+        raise UserError(f"data.benchmark: {config.benchmark} has no rows to forget", " ".join(notes) or "choose a part")
     _refuse_shared_rows(splits)
     order = [*(name for name in _ROLES if name in splits), *(name for name in splits if name not in _ROLES)]
-    return Splits({name: splits[name] for name in order})
+    return Splits({name: splits[name] for name in order}, notes)
 
 
-def _benchmark(name: str, seed: int) -> Splits:
-    """`fictitious`, or `fictitious:60` for another number of rows."""
-    base, colon, size = name.partition(":")
+def benchmark_of(name: str) -> tuple[Benchmark, str]:
+    """The benchmark and its part: `tofu:forget10`. Raises UserError with what is valid."""
+    base, _, part = name.partition(":")
     benchmark = BENCHMARKS.get(base)
-    if colon and not size.isdecimal():
-        raise UserError(f"data.benchmark: '{name}' does not say how many rows", f"for instance {base}:60")
-    return benchmark.load(seed, int(size) if colon else None)
+    if part and benchmark.parts and part not in benchmark.parts:
+        raise UserError(f"benchmark {base} has no part '{part}'", did_you_mean(part, benchmark.parts))
+    return benchmark, part
 
 
 def _with_ids(examples: Sequence[Example], name: str) -> list[Example]:
@@ -92,7 +102,8 @@ def _with_ids(examples: Sequence[Example], name: str) -> list[Example]:
 
 def _refuse_shared_rows(splits: dict[str, Split]) -> None:
     """A row that is to be forgotten can be neither kept nor be a row that nobody learnt."""
-    forget = {content(example): example for example in reversed(splits["forget"].examples)}
+    rows = splits["forget"].examples if "forget" in splits else ()
+    forget = {content(example): example for example in reversed(rows)}
     for name in ("retain", "retain_unseen", "holdout"):
         if name not in splits:
             continue

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 from expunge.data.example import Example, Splits
 from expunge.registry import Registry
@@ -53,13 +54,76 @@ class Format:
 
 
 @dataclass(frozen=True)
+class Request:
+    """What is asked of a benchmark: `tofu:forget10` has the part `forget10`; a folder holds its files."""
+
+    part: str = ""
+    folder: Path | None = None
+    seed: int = 42
+
+
+class Measured(Protocol):
+    """What was measured of one model on a benchmark's splits."""
+
+    def mean(self, split: str, metric: str, task: str | None = None) -> float | None:
+        """The metric's mean (or statistic) on a split, or its mean on the rows of one task; None if not there."""
+        ...
+
+    def values(self, split: str, metric: str, task: str | None = None) -> list[float]:
+        """The metric's scored values, one per example."""
+        ...
+
+    def tasks(self, split: str) -> list[str]:
+        """The tasks of a split's rows."""
+        ...
+
+    def other(self, variant: str) -> Measured | None:
+        """What was measured of the variant `target` or `reference` on the same splits; None if it was not."""
+        ...
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """A number that a benchmark makes out of several; None with a note that says what is missing."""
+
+    name: str
+    value: float | None
+    summary: str
+    direction: Literal["lower", "higher", "none"] = "higher"
+    note: str = ""
+    #: whether the benchmark itself defines it; else it is shown beside the official numbers
+    official: bool = True
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published result, to be compared with under the same convention."""
+
+    label: str
+    numbers: Mapping[str, float]  # name of an aggregate → value
+    source: str
+
+
+@dataclass(frozen=True)
 class Benchmark:
-    """Named splits that need no file. `load(seed, size)` makes them; size None is the benchmark's own."""
+    """Named splits, from files or generated, and the official numbers that are made of what is measured on them."""
 
     name: str
     description: str
-    load: Callable[[int, int | None], Splits]
+    load: Callable[[Request], Splits]
     paper: str = ""
+    parts: tuple[str, ...] = ()  # what may stand after the colon, where that is a fixed list
+    files: str = ""  # what a local folder has to hold
+    metrics: tuple[str, ...] | None = None  # what the official numbers need; None: the suite's
+    convention: str = "expunge"
+    aggregate: Callable[[Measured], list[Aggregate]] | None = None
+    published: tuple[Published, ...] = ()
+
+    def describe(self) -> dict[str, str]:
+        """Label → text, for `expunge list benchmarks` and the generated tables."""
+        described = {"summary": self.description, "paper": self.paper, "convention": self.convention}
+        further = {"parts": ", ".join(self.parts), "files": self.files, "metrics": ", ".join(self.metrics or ())}
+        return described | {label: text for label, text in further.items() if text}
 
 
 FORMATS: Registry[Format] = Registry("data format", "expunge.data.formats")

@@ -6,11 +6,12 @@ import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from expunge.data.example import Example
 from expunge.errors import UserError
+from expunge.recipe.conventions import EXPUNGE, Convention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,6 +61,10 @@ class Template(ABC):
     terminator: str
     #: the tokenizer's own prefix (BOS) goes in front, unless the text begins with it
     adds_prefix: bool = True
+    #: EOS ends plain texts
+    ends_texts: bool = True
+    #: attention does not see tokens of the text that are the pad token
+    hides_pad: bool = False
 
     @abstractmethod
     def texts(self, examples: Sequence[Example]) -> list[tuple[str, str]]:
@@ -77,12 +82,18 @@ class RawTemplate(Template):
 
     terminator: str
     name: str = "raw"
+    joined: bool = False  # nothing between prompt and answer, and the prompt keeps its last blanks
+    ends_texts: bool = True
+    hides_pad: bool = False
 
     def texts(self, examples: Sequence[Example]) -> list[tuple[str, str]]:
         """Prompt and answer; blanks at the prompt's end belong to the answer."""
         pairs = []
         for example in examples:
             prompt = "\n".join([*(content for _, content in example.turns), example.prompt])
+            if self.joined:
+                pairs.append((prompt, example.answer))
+                continue
             gap = " " if needs_space(prompt, example.answer) else ""
             pairs.append(_hand_over_blanks(prompt, gap, example.answer))
         return pairs
@@ -96,6 +107,8 @@ class FormatTemplate(Template):
     terminator: str
     before: tuple[str, ...]  # the text around each {prompt}, up to {answer}
     bos: str = ""  # stands once, however many turns fill the string
+    ends_texts: bool = True
+    hides_pad: bool = False
 
     def texts(self, examples: Sequence[Example]) -> list[tuple[str, str]]:
         """The filled string, cut where the answer begins; braces in the data mean nothing."""
@@ -126,6 +139,9 @@ class ChatTemplate(Template):
     lead: str  # blanks that the template puts between its generation prompt and the answer
     name: str = "chat"
     adds_prefix: bool = False  # BOS is the template's own business
+    tail: str = ""  # the terminator, and what the template writes behind it
+    ends_texts: bool = True
+    hides_pad: bool = False
 
     def texts(self, examples: Sequence[Example]) -> list[tuple[str, str]]:
         """The generation prompt and the answer of each row."""
@@ -153,8 +169,38 @@ class ChatTemplate(Template):
                 ) from error
 
 
-def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """`auto`, `chat`, `raw` or a format string, made fit for one tokenizer. Raises UserError."""
+def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, convention: Convention = EXPUNGE) -> Template:
+    """`auto`, `chat`, `raw` or a format string, made fit for one tokenizer, under a convention. Raises UserError."""
+    return under(convention, _named_template(convention.template or name, tokenizer), tokenizer)
+
+
+def under(convention: Convention, template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """A resolved template with the label span, the join and the mask of a convention."""
+    changes: dict[str, Any] = {
+        "terminator": _terminator(template, tokenizer.eos_token or "", convention),
+        "ends_texts": convention.terminator != "none",
+        "hides_pad": convention.masks_pad_tokens,
+    }
+    if isinstance(template, RawTemplate):
+        changes["joined"] = convention.joined
+    made: Any = template
+    resolved: Template = replace(made, **changes)
+    return resolved
+
+
+def _terminator(template: Template, end: str, convention: Convention) -> str:
+    """Text after every answer under a convention."""
+    if convention.terminator == "none":
+        return ""
+    if convention.terminator == "eos":
+        return end
+    if convention.terminator == "template":
+        return template.terminator
+    whole = template.tail if isinstance(template, ChatTemplate) else template.terminator
+    return whole if whole.endswith(end) else whole + end
+
+
+def _named_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     end = tokenizer.eos_token or ""
     if name == "auto":
         name = "chat" if tokenizer.chat_template else PLAIN
@@ -195,7 +241,7 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase, end: str) -> ChatTemplate
     lead = head[len(prompt) :] if head.startswith(prompt) else ""
     if _TRAILING_BLANKS.fullmatch(lead) is None:
         lead = ""
-    return ChatTemplate(tokenizer=tokenizer, terminator=tail.strip() or end, lead=lead)
+    return ChatTemplate(tokenizer=tokenizer, terminator=tail.strip() or end, lead=lead, tail=tail)
 
 
 def _format_template(name: str, tokenizer: PreTrainedTokenizerBase, end: str) -> FormatTemplate:

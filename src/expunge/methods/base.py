@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
-from expunge.errors import UserError, did_you_mean
 from expunge.registry import Registry
+from expunge.settings import build, described_settings, setting, with_settings
 
 if TYPE_CHECKING:
     from expunge.methods.step import Memory, Step
@@ -100,12 +97,7 @@ class Objective(ABC):
             "learning rates of its papers": ", ".join(f"{rate:g}" for rate in about.rates),
             "paper": about.paper,
         }
-        fields: Any = dataclasses.fields(cls)  # type: ignore[arg-type]
-        for item in fields:
-            extra = item.default.json_schema_extra or {}
-            published = f"; published: {extra['published']}" if extra.get("published") else ""
-            described[f"parameter {item.name}"] = f"{item.default.default}: {item.default.description}{published}"
-        return described
+        return described | described_settings(cls)
 
 
 class WeightObjective(Objective):
@@ -136,16 +128,15 @@ def _needs(about: Declaration) -> list[str]:
 OBJECTIVES: Registry[type[Objective]] = Registry("method", "expunge.methods")
 
 
-def hyper(default: Any, *, description: str, published: str = "", **bounds: Any) -> Any:
-    """A hyper-parameter: default, bounds that pydantic checks, and the values that papers used."""
-    return Field(default, description=description, json_schema_extra={"published": published}, **bounds)
+#: A hyper-parameter: default, bounds that pydantic checks, and the values that papers used.
+hyper = setting
 
 
 def objective(**declared: Any) -> Callable[[type[Any]], type[Objective]]:
     """Class decorator: file a dataclass of hyper-parameters with a `loss` under its name."""
 
     def register(cls: type[Any]) -> type[Objective]:
-        made: Any = pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls)
+        made: Any = with_settings(cls)
         made.about = Declaration(**declared)
         OBJECTIVES.register(made.about.name)(made)
         result: type[Objective] = made
@@ -156,14 +147,4 @@ def objective(**declared: Any) -> Callable[[type[Any]], type[Objective]]:
 
 def build_objective(name: str, parameters: Mapping[str, Any]) -> Objective:
     """The objective with its hyper-parameters. Raises UserError for an unknown name, key or value."""
-    cls: Any = OBJECTIVES.get(name)
-    valid = [item.name for item in dataclasses.fields(cls)]
-    for key in parameters:
-        if key not in valid:
-            raise UserError(f"method {name} has no parameter '{key}'", did_you_mean(key, valid))
-    try:
-        built: Objective = TypeAdapter(cls).validate_python(dict(parameters))
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise UserError(f"method {name}: {problems}", f"see: expunge list methods {name}") from None
-    return built
+    return build("method", name, OBJECTIVES.get(name), parameters)

@@ -6,22 +6,25 @@ import numpy as np
 import pyarrow as pa
 
 from expunge.metrics.base import Values, metric
+from expunge.metrics.examples import Examples
+from expunge.metrics.texts import answers_and_outputs
+from expunge.recipe.conventions import EXPUNGE, Convention
 
 
 @metric(
     "exact_match",
-    summary="1 if the generated text equals the answer, case and outer spaces aside, else 0",
+    summary="1 if the generated text equals the answer, case and outer blanks aside, else 0",
     needs="generations",
     range=(0, 1),
     unit="part of the examples",
     paper="arXiv:1606.05250",
 )
-def exact_match(table: pa.Table) -> Values:
-    """Equality after strip and casefold; NaN where the answer is blank."""
-    pairs = zip(table.column("answer").to_pylist(), table.column("generated").to_pylist(), strict=True)
-    same = [_plain(answer) == _plain(generated) if _plain(answer) else np.nan for answer, generated in pairs]
-    return np.array(same, dtype=np.float64)
+def exact_match(table: pa.Table, convention: Convention = EXPUNGE) -> Values:
+    """Equality after strip and lower, as SemEval-2025 Task 4 scores knowledge; NaN where the answer is blank."""
+    pairs = [(_plain(answer), _plain(said)) for answer, said in answers_and_outputs(table, convention)]
+    same = np.array([answer == said if answer else np.nan for answer, said in pairs], dtype=np.float64)
+    return Examples.of(table).mean(same)
 
 
 def _plain(text: str) -> str:
-    return text.strip().casefold()
+    return text.strip().lower()

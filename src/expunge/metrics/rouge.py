@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import unicodedata
-from functools import cache, lru_cache
-from typing import Any
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from expunge.metrics.base import Values, metric
+from expunge.metrics.examples import Examples
+from expunge.metrics.texts import answers_and_outputs, words
+from expunge.recipe.conventions import EXPUNGE, Convention
 
-#: Unicode names of the scripts that are written without spaces between words: each letter is a unit of its own.
-_UNSPACED = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "YI ")
+_PAPER = "https://aclanthology.org/W04-1013"
 
 
 @metric(
@@ -21,12 +22,11 @@ _UNSPACED = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "
     needs="generations",
     range=(0, 1),
     unit="part of the answer's words",
-    paper="https://aclanthology.org/W04-1013",
+    paper=_PAPER,
 )
-def rouge_l_recall(table: pa.Table) -> Values:
+def rouge_l_recall(table: pa.Table, convention: Convention = EXPUNGE) -> Values:
     """LCS / words of the answer; NaN where the answer has no words."""
-    common, answer, _ = _overlap(table)
-    return _ratio(common, answer)
+    return Examples.of(table).mean(recall(table, convention))
 
 
 @metric(
@@ -35,39 +35,76 @@ def rouge_l_recall(table: pa.Table) -> Values:
     needs="generations",
     range=(0, 1),
     unit="part of the words",
-    paper="https://aclanthology.org/W04-1013",
+    paper=_PAPER,
 )
-def rouge_l_f1(table: pa.Table) -> Values:
+def rouge_l_f1(table: pa.Table, convention: Convention = EXPUNGE) -> Values:
     """2 LCS / (words of the answer + words generated); NaN where the answer has no words."""
-    common, answer, generated = _overlap(table)
-    return _ratio(2 * common, np.where(answer > 0, answer + generated, 0))
+    return Examples.of(table).mean(f1(table, convention))
 
 
-def words(text: str) -> list[str]:
-    """The units that ROUGE compares: stemmed lower-case words; single letters in scripts without spaces.
+@metric(
+    "rouge_l",
+    summary="ROUGE-L as the convention has it in aggregates: recall, or F1 in MUSE's",
+    needs="generations",
+    range=(0, 1),
+    unit="part of the words",
+    paper=_PAPER,
+)
+def rouge_l(table: pa.Table, convention: Convention = EXPUNGE) -> Values:
+    """`rouge_l_recall` or `rouge_l_f1`."""
+    return rouge_l_recall(table, convention) if convention.rouge == "recall" else rouge_l_f1(table, convention)
 
-    ASCII goes through rouge-score's own tokenizer. That one drops every other letter ("José" → "jos", Japanese →
-    nothing), so other text is split here: letters, digits and their marks form words, everything else parts them.
-    """
-    if text.isascii():
-        return _ascii_words(text)
-    units: list[str] = []
-    last = "separator"
-    for char in unicodedata.normalize("NFKC", text).lower():
-        kind = _kind(char)
-        if kind == "ignored":
-            continue
-        if kind == "mark":
-            # an accent or vowel sign belongs to the letter before it; alone (after an emoji, say) it is nothing
-            if last != "separator":
-                units[-1] += char
-            continue
-        if kind == "letter" and last == "letter":
-            units[-1] += char
-        elif kind != "separator":
-            units.append(char)
-        last = kind
-    return [_stem(unit) for unit in units]
+
+@metric(
+    "rouge_l_recall_paraphrase",
+    summary="ROUGE-L recall when the question is paraphrased, mean over paraphrases",
+    needs="generations/paraphrase",
+    range=(0, 1),
+    unit="part of the answer's words",
+    paper="arXiv:2506.12618",
+)
+def rouge_l_recall_paraphrase(table: pa.Table, convention: Convention = EXPUNGE) -> Values:
+    """Mean over an example's paraphrases; NaN where the answer has no words."""
+    return Examples.of(table).mean(recall(table, convention))
+
+
+@metric(
+    "rouge_l_recall_paraphrase_worst",
+    summary="ROUGE-L recall when the question is paraphrased, of the paraphrase that brings out most",
+    needs="generations/paraphrase",
+    range=(0, 1),
+    unit="part of the answer's words",
+    paper="arXiv:2509.02820",
+    roles=("forget", "holdout"),
+)
+def rouge_l_recall_paraphrase_worst(table: pa.Table, convention: Convention = EXPUNGE) -> Values:
+    """Largest over an example's paraphrases: what one who may ask again gets; NaN where the answer has no words."""
+    return Examples.of(table).largest(recall(table, convention))
+
+
+@metric(
+    "rouge_l_recall_jailbreak",
+    summary="ROUGE-L recall when the prompt ends in the beginning of a compliant reply",
+    needs="generations/jailbreak",
+    range=(0, 1),
+    unit="part of the answer's words",
+    paper="arXiv:2406.09179",
+)
+def rouge_l_recall_jailbreak(table: pa.Table, convention: Convention = EXPUNGE) -> Values:
+    """As `rouge_l_recall`; plain texts have no prompt and are not in the table."""
+    return Examples.of(table).mean(recall(table, convention))
+
+
+def recall(table: pa.Table, convention: Convention = EXPUNGE) -> Values:
+    """ROUGE-L recall per row of a GENERATIONS table; NaN where the answer has no words (0 with `ascii_words`)."""
+    common, answer, _ = _counts(table, convention)
+    return _ratio(common, answer, convention)
+
+
+def f1(table: pa.Table, convention: Convention = EXPUNGE) -> Values:
+    """ROUGE-L F1 per row of a GENERATIONS table; NaN where the answer has no words (0 with `ascii_words`)."""
+    common, answer, generated = _counts(table, convention)
+    return _ratio(2 * common, np.where(answer > 0, answer + generated, 0), convention)
 
 
 def lcs_length(first: list[str], second: list[str]) -> int:
@@ -83,54 +120,28 @@ def lcs_length(first: list[str], second: list[str]) -> int:
     return len(first) - row.bit_count()
 
 
-def _overlap(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per example: LCS length, words of the answer, words generated."""
-    counts = np.zeros((3, len(table)), dtype=np.int64)
-    pairs = zip(table.column("answer").to_pylist(), table.column("generated").to_pylist(), strict=True)
-    for index, (answer, generated) in enumerate(pairs):
-        expected, said = words(answer), words(generated)
-        counts[:, index] = lcs_length(expected, said), len(expected), len(said)
-    return counts[0], counts[1], counts[2]
+class _Overlap(NamedTuple):
+    """Of one answer and one generated text: length of the LCS, words of the answer, words generated."""
+
+    common: int
+    answer: int
+    generated: int
 
 
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> Values:
-    return np.divide(numerator, denominator, out=np.full(len(denominator), np.nan), where=denominator > 0)
+@lru_cache(maxsize=2**16)  # recall, F1 and what leaks all look at the same texts
+def _overlap(answer: str, generated: str, stemmed: bool, ascii_words: bool) -> _Overlap:
+    expected, said = words(answer, stemmed, ascii_words), words(generated, stemmed, ascii_words)
+    return _Overlap(lcs_length(expected, said), len(expected), len(said))
 
 
-@cache
-def _tools() -> tuple[Any, Any]:
-    # imported on first use: it brings nltk along, and `expunge list metrics` needs none of it
-    from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
-    from rouge_score import tokenize
-
-    return tokenize, PorterStemmer()
+def _counts(table: pa.Table, convention: Convention) -> np.ndarray:
+    """_Overlap per row [3, rows]."""
+    settings = convention.stemmed, convention.ascii_words
+    counts = [_overlap(*pair, *settings) for pair in answers_and_outputs(table, convention)]
+    return np.array(counts, dtype=np.int64).reshape(-1, 3).T
 
 
-class _CachedStemmer:
-    """The Porter stemmer behind a cache: it is slow, and texts repeat their words."""
-
-    @staticmethod
-    @lru_cache(maxsize=65536)
-    def stem(word: str) -> str:
-        return str(_tools()[1].stem(word))
-
-
-def _ascii_words(text: str) -> list[str]:
-    return list(_tools()[0].tokenize(text, _CachedStemmer))
-
-
-def _stem(word: str) -> str:
-    # like rouge-score: only words of more than three letters, and Porter's rules are for English alone
-    return _CachedStemmer.stem(word) if len(word) > 3 and word.isascii() else word
-
-
-@lru_cache(maxsize=65536)
-def _kind(char: str) -> str:
-    category = unicodedata.category(char)
-    if category[0] == "M":
-        return "mark"
-    if category == "Cf":  # joiners inside words, soft hyphens
-        return "ignored"
-    if category[0] not in "LN":
-        return "separator"
-    return "unspaced" if unicodedata.name(char, "").startswith(_UNSPACED) else "letter"
+def _ratio(numerator: np.ndarray, denominator: np.ndarray, convention: Convention) -> Values:
+    # rouge-score gives 0 where it finds no word in the answer, and public means count that 0
+    empty = 0.0 if convention.ascii_words else np.nan
+    return np.divide(numerator, denominator, out=np.full(len(denominator), empty), where=denominator > 0)

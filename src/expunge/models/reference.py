@@ -76,7 +76,7 @@ class ReferenceCache:
         self._logprobs = Kept(rows, sorted(needs.logprobs))
         self._vectors = Kept(rows, sorted(needs.distributions), beside("head"))
         self._hidden = Kept(rows, sorted(needs.hidden), beside("hidden"))
-        self._head: Callable[[Tensor], Tensor] | None = None
+        self._head: Head | None = None
 
     def logprobs(self, rows: Int[Tensor, " B"], device: torch.device) -> Float[Tensor, " N"]:
         """log p(token) of the supervised tokens of the rows, in order."""
@@ -114,7 +114,7 @@ def build_reference(
     groups = [(with_logits, True), ({*needs.hidden} - with_logits, False)]
     device = next(model.parameters()).device
     if needs.distributions:
-        cache._head = _head_function(model)
+        cache._head = Head.of(model)
     model.eval()
     for wanted, logits in groups:
         order = sorted(wanted, key=lambda i: (-len(rows[i].input_ids), i))
@@ -153,28 +153,41 @@ def _keep(cache: ReferenceCache, forward: Forward, picked: Sequence[int], needs:
         cache._hidden.put(numbers, forward.hidden[mask])
 
 
-def _head_function(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Head inputs → logits as the start model makes them; weights are copied if training would change them."""
-    inner: Any = unwrap(model)
-    embedding, config = inner.get_output_embeddings(), inner.config.get_text_config()
-    weight, bias = embedding.weight, getattr(embedding, "bias", None)
-    if weight.requires_grad:
-        weight, bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
-    cap = getattr(config, "final_logit_softcapping", None)
-    times = getattr(config, "logit_scale", None) or 1.0
-    over = getattr(config, "logits_scaling", None) or 1.0
+@dataclass(frozen=True)
+class Head:
+    """Head inputs → logits as a model makes them."""
 
-    def logits(vectors: Tensor) -> Tensor:
-        raw = nn.functional.linear(vectors.to(weight.dtype), weight, bias) * (times / over)
-        return torch.tanh(raw / cap) * cap if cap else raw
+    weight: Float[Tensor, "V d"]
+    bias: Float[Tensor, " V"] | None = None
+    scale: float = 1.0
+    cap: float | None = None  # of soft capping
 
-    return logits
+    @classmethod
+    def of(cls, model: nn.Module, *, copied: bool | None = None) -> Head:
+        """A model's head; unless said otherwise, weights are copied if training would change them."""
+        inner: Any = unwrap(model)
+        embedding, config = inner.get_output_embeddings(), inner.config.get_text_config()
+        weight, bias = embedding.weight.detach(), getattr(embedding, "bias", None)
+        bias = None if bias is None else bias.detach()
+        if embedding.weight.requires_grad if copied is None else copied:
+            weight, bias = weight.clone(), None if bias is None else bias.clone()
+        times = getattr(config, "logit_scale", None) or 1.0
+        over = getattr(config, "logits_scaling", None) or 1.0
+        return cls(weight, bias, times / over, getattr(config, "final_logit_softcapping", None))
+
+    def __call__(self, vectors: Float[Tensor, "N d"]) -> Float[Tensor, "N V"]:
+        raw = nn.functional.linear(vectors.to(self.weight.dtype), self.weight, self.bias) * self.scale
+        return torch.tanh(raw / self.cap) * self.cap if self.cap else raw
+
+    def gives(self, vectors: Float[Tensor, "N d"], logits: Float[Tensor, "N V"]) -> bool:
+        """Whether these are the model's own logits: if not, the architecture does something to them unknown here."""
+        return torch.allclose(self(vectors[:64]).float(), logits[:64].float(), rtol=0.02, atol=0.05)
 
 
 def _check_head(cache: ReferenceCache, vectors: Tensor, logits: Tensor) -> None:
-    """The head function must give what the model itself gave, or KL terms would be silently wrong."""
-    again = cache.head_logits(vectors[:64]).float()
-    if not torch.allclose(again, logits[:64].float(), rtol=0.02, atol=0.05):
+    """The head must give what the model itself gave, or KL terms would be silently wrong."""
+    assert cache._head is not None
+    if not cache._head.gives(vectors, logits):
         raise UserError(
             "this architecture changes its logits after the output embedding in a way that the KL term does not know",
             "leave the term out: --set unlearn.0.retain.kl=0",

@@ -163,10 +163,10 @@ def check_entry(entry: UnlearnConfig, rows: Mapping[str, Sequence[Encoded]]) -> 
         )
     for rule in entry.stop_when:
         metric = METRICS.get(rule.metric)
-        if metric.needs != "scores":
-            cheap = [name for name in METRICS.names() if METRICS.get(name).needs == "scores"]
+        if not metric.cheap:
+            cheap = [name for name, entry in METRICS.items() if entry.cheap]
             raise UserError(
-                f"unlearn '{entry.name}': stop_when can't use {rule.metric}, which needs generated text",
+                f"unlearn '{entry.name}': stop_when can't use {rule.metric}, which needs more than a scoring pass",
                 f"valid: {', '.join(cheap)}",
             )
         for split in _splits(rule):

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 import expunge
-from expunge.data.encode import encode, truncation_note
 from expunge.data.example import Splits
 from expunge.data.load import load_splits
-from expunge.data.template import resolve_template
-from expunge.metrics.base import METRICS
-from expunge.pipeline.evaluate import LazyModel, measure, read_tables, write_generations, write_scores
+from expunge.errors import UserError
+from expunge.metrics.base import METRICS, Resampling
+from expunge.pipeline.aggregates import official
+from expunge.pipeline.asked import Asked, Exam, ask, exam_of
+from expunge.pipeline.depth import write_layers, write_weights
+from expunge.pipeline.evaluate import (
+    STATES,
+    FolderShelf,
+    LazyModel,
+    measure,
+    not_measured,
+    write_generations,
+    write_scores,
+)
+from expunge.pipeline.lm_eval import lm_eval_records, run_tasks
 from expunge.pipeline.preflight import Candidate, check_context, open_candidate, other_token
 from expunge.pipeline.processes import process_rank
 from expunge.pipeline.progress import Reporter, quiet_libraries
@@ -25,6 +40,16 @@ from expunge.runs.output import check_output, whole_folder
 RECORD = "evaluation.json"
 
 
+@dataclass(frozen=True)
+class Examination:
+    """What an evaluation found: records, official numbers of a benchmark, and what could not be measured."""
+
+    records: list[dict[str, Any]]
+    aggregates: list[dict[str, Any]]
+    left_out: dict[str, str]
+    convention: str
+
+
 def examine(
     models: Mapping[str, ModelConfig],
     data: DataConfig,
@@ -32,58 +57,98 @@ def examine(
     seed: int,
     output: Path | None,
     reporter: Reporter,
-) -> list[dict[str, Any]]:
-    """Records of every model × split × metric; `output` keeps the tables and metrics.json. Raises UserError."""
+) -> Examination:
+    """Every model × split × metric; `output` keeps the tables, metrics.json and aggregates.json. Raises UserError."""
     quiet_libraries()
     if output is not None:
         check_output(output, RECORD)
-    for name in config.metrics or []:
-        METRICS.get(name)
-    splits = load_splits(data, seed)
+    exam = exam_of(config, data.benchmark)
+    splits = load_splits(data, seed, unlearns=False)
+    for note in splits.notes:
+        reporter.line(f"  note: {note}")
     candidates = {name: open_candidate(given) for name, given in models.items()}
     _note_other_tokenizers(candidates, reporter)
     with ExitStack() as stack:
         if output is not None and process_rank() == 0:
             about = {"schema": "expunge.eval/1", "expunge": expunge.__version__, "models": models, "data": data}
-            folder = stack.enter_context(whole_folder(output, RECORD, {**about, "evaluate": config, "seed": seed}))
+            settings = {"evaluate": exam.config, "convention": exam.convention, "seed": seed}
+            rows = {split.name: {"rows": len(split), "role": split.role} for split in splits}
+            metrics = {name: METRICS.get(name).describe() for name in exam.metrics}
+            known = {"splits": rows, "metrics": metrics}
+            folder = stack.enter_context(whole_folder(output, RECORD, {**about, **settings, **known}))
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="expunge-")))
         stack.enter_context(disk_errors(folder))
-        for name, candidate in candidates.items():
-            _write_passes(name, candidate, splits, data, config, folder, reporter)
-
-        def tables(variant: str, split: str) -> Mapping[str, Any]:
-            return read_tables({kind: folder / kind / variant for kind in ("scores", "generations")}, split)
-
-        records, _ = measure(models, splits, tables, config, seed)
+        tasks: list[dict[str, Any]] = []
+        for name, candidate in ordered(candidates):
+            asked = ask(exam, splits, candidate.tokenizer, data)
+            tasks += _write_passes(name, candidate, asked, folder, reporter, "target" in candidates)
+        shutil.rmtree(folder / "scores" / "target" / STATES, ignore_errors=True)
+        _look_inside(candidates, exam, splits, data, folder, reporter)
+        shelf, resampling = FolderShelf(folder), Resampling(config.bootstrap, seed)
+        records, values = measure(models, splits, shelf, exam, resampling)
+        left_out = not_measured(models, splits, shelf, exam, records)
+        records += tasks
+        aggregates = official(exam, models, splits, records, values)
         write_json(folder / "metrics.json", records)
-    return records
+        write_json(folder / "aggregates.json", aggregates)
+        write_json(folder / "left_out.json", left_out)
+        pq.write_table(values, folder / "values.parquet")
+    return Examination(records, aggregates, left_out, exam.convention.name)
+
+
+def ordered(candidates: Mapping[str, Candidate]) -> list[tuple[str, Candidate]]:
+    """The target first: the others' drift is measured from what it says."""
+    return sorted(candidates.items(), key=lambda item: item[0] != "target")
 
 
 def _write_passes(
-    name: str,
-    candidate: Candidate,
-    splits: Splits,
-    data: DataConfig,
-    config: EvaluateConfig,
-    folder: Path,
-    reporter: Reporter,
-) -> None:
-    """Both passes of one model, over rows in its own tokens."""
-    template = resolve_template(data.template, candidate.tokenizer)
-    rows = {split.name: encode(split.examples, candidate.tokenizer, template, data.max_length) for split in splits}
-    check_context(candidate, rows)
-    for split, encoded in rows.items():
-        note = truncation_note(encoded)
-        if note:
-            reporter.line(f"  note: {split}: {note}")
+    name: str, candidate: Candidate, asked: Asked, folder: Path, reporter: Reporter, has_target: bool
+) -> list[dict[str, Any]]:
+    """Both passes of one model, over rows in its own tokens; records of the lm-eval tasks that are asked for."""
+    check_context(candidate, asked.scores)
+    for note in asked.notes():
+        reporter.line(f"  note: {note}")
+    config = asked.exam.config
     model = LazyModel(candidate.config, config.dtype)
-    total = sum(map(len, rows.values()))
-    with reporter.bar(f"scores/{name}", total) as tick:
-        write_scores(model, rows, config, folder / "scores" / name, tick)
-    if config.generate is not None:
-        with reporter.bar(f"generations/{name}", total) as tick:
-            write_generations(model, rows, config, folder / "generations" / name, tick)
+    drift = has_target and "divergence" in asked.exam.tables
+    states = folder / "scores" / "target" / STATES
+    with reporter.bar(f"scores/{name}", sum(map(len, asked.scores.values()))) as tick:
+        compared = states if drift and name != "target" and states.is_dir() else None
+        write_scores(model, asked.scores, config, folder / "scores" / name, tick, drift and name == "target", compared)
+    if config.generate is not None and asked.generations:
+        with reporter.bar(f"generations/{name}", sum(map(len, asked.generations.values()))) as tick:
+            write_generations(model, asked.generations, config, folder / "generations" / name, tick)
+    if not config.lm_eval:
+        return []
+    with reporter.bar(f"lm-eval/{name}", 1) as tick:
+        loaded = model.loaded
+        try:
+            found = run_tasks(loaded.model, loaded.tokenizer, config.lm_eval, batch_size=config.batch_size)
+        except UserError as error:  # the rest was measured, and stays
+            reporter.line(f"  note: lm-eval: {error.message}; {error.hint}")
+            return []
+        tick(1)
+    return lm_eval_records(found, name)
+
+
+def _look_inside(
+    candidates: Mapping[str, Candidate], exam: Exam, splits: Splits, data: DataConfig, folder: Path, reporter: Reporter
+) -> None:
+    """Tables of weights and layers, where the exam wants them and the models beside are there."""
+    models = {name: candidate.config for name, candidate in candidates.items()}
+    if process_rank() != 0 or "target" not in models:
+        return
+    if "weights" in exam.tables:
+        for name, problem in write_weights(models, folder / "weights", reporter).items():
+            reporter.line(f"  note: weights of {name}: {problem}")
+    if "layers" in exam.tables and "reference" in models and "forget" in splits and splits["forget"].evaluated:
+        rows = ask(exam, splits, candidates["target"].tokenizer, data).scores["forget"]
+        entities = FolderShelf(folder).find("target", "forget", "scores")
+        try:
+            write_layers(models, exam.config.dtype, rows, entities, folder / "layers", reporter)
+        except UserError as error:
+            reporter.line(f"  note: layers: {error.message}")
 
 
 def _note_other_tokenizers(candidates: Mapping[str, Candidate], reporter: Reporter) -> None:

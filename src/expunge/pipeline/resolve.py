@@ -16,7 +16,7 @@ from expunge.data.template import resolve_template
 from expunge.errors import UserError
 from expunge.merging.run import plan_merge
 from expunge.methods.base import Objective, build_objective
-from expunge.metrics.base import METRICS
+from expunge.pipeline.asked import Asked, ask, exam_of
 from expunge.pipeline.entries import Beside, beside, check_entry, prepare_jobs, unlearn_job
 from expunge.pipeline.job import Job
 from expunge.pipeline.preflight import check_context, check_job, check_same_tokens, open_candidate
@@ -34,6 +34,7 @@ class Resolved:
     beside: Mapping[str, Beside]
     tokenizer: Any
     template: Any
+    asked: Asked  # what every model is asked in the end
 
     def data_record(self) -> dict[str, dict[str, Any]]:
         """Rows, role, digest and cuts of each split, for run.json."""
@@ -73,8 +74,10 @@ def resolve(recipe: Recipe) -> Resolved:
     objectives = {entry.name: attempt(build_objective, entry.method, entry.parameters) for entry in recipe.unlearn}
     if recipe.merge is not None:
         attempt(_check_merge, recipe.merge, len(recipe.merge.models or recipe.unlearn))
-    for name in recipe.evaluate.metrics or []:
-        attempt(METRICS.get, name)
+    exam = attempt(exam_of, recipe.evaluate, recipe.data.benchmark)
+    if recipe.evaluate.lm_eval:
+        hint = "run them on the result: expunge eval OUT/model --set evaluate.lm_eval=[mmlu]"
+        problems.append(UserError("evaluate.lm_eval: a run does not run lm-eval's tasks", hint))
     for entry in recipe.unlearn if splits is not None else []:
         attempt(_check_retain, entry, objectives[entry.name], "retain" in splits)
     rows: dict[str, list[Encoded]] = {}
@@ -90,7 +93,9 @@ def resolve(recipe: Recipe) -> Resolved:
         for entry in recipe.unlearn
     }
     _raise_all(problems)
-    resolved = Resolved(recipe, splits, rows, objectives, built, tokenizer, template)
+    assert splits is not None
+    asked = ask(exam, splits, tokenizer, recipe.data)
+    resolved = Resolved(recipe, splits, rows, objectives, built, tokenizer, template, asked)
     for job in _jobs(resolved):
         attempt(check_job, job, recipe.model)
     _raise_all(problems)

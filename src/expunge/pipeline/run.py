@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from expunge.metrics.base import METRICS
+from expunge.metrics.base import METRICS, Resampling
+from expunge.pipeline.aggregates import official
 from expunge.pipeline.entries import prepare_jobs
-from expunge.pipeline.evaluate import measure, read_tables
+from expunge.pipeline.evaluate import FolderShelf, measure, not_measured
 from expunge.pipeline.processes import barrier, process_rank
 from expunge.pipeline.progress import Reporter, quiet_libraries
 from expunge.pipeline.resolve import Resolved, resolve
@@ -48,13 +49,15 @@ def execute(recipe: Recipe, output: Path, reporter: Reporter | None = None) -> R
     reporter = reporter or Reporter()
     with RunDirectory(output, recipe) as directory:
         directory.record(data=resolved.data_record())
-        for note in resolved.notes():
+        for note in (*resolved.splits.notes, *resolved.notes()):
             directory.note(note)
             reporter.line(f"  note: {note}")
         stages = Stages(resolved, directory, output, reporter)
         variants = _execute(stages)
         digests = {v.name: {"source": v.config.id, "digest": v.digest} for v in variants}
-        directory.record(models=digests, metrics={name: METRICS.get(name).describe() for name in METRICS.names()})
+        directory.record(
+            models=digests, metrics={name: METRICS.get(name).describe() for name in resolved.asked.exam.metrics}
+        )
         records = _write_metrics(resolved, variants, output)
         directory.finish()
         report = build_report(output)
@@ -70,9 +73,9 @@ def _execute(stages: Stages) -> list[Variant]:
     resolved = stages.resolved
     variants = _models(stages)
     for variant in variants:
-        stages.scores(variant, resolved.rows)
-        if resolved.recipe.evaluate.generate is not None:
-            stages.generations(variant, resolved.rows)
+        stages.scores(variant, resolved.asked.scores)
+        if resolved.asked.generations:
+            stages.generations(variant, resolved.asked.generations)
         stages.release(variant)
     return variants
 
@@ -109,13 +112,13 @@ def _models(stages: Stages) -> list[Variant]:
 
 
 def _write_metrics(resolved: Resolved, variants: Sequence[Variant], output: Path) -> list[dict[str, Any]]:
-    def tables(variant: str, split: str) -> Mapping[str, pa.Table]:
-        return read_tables({kind: output / kind / variant for kind in ("scores", "generations")}, split)
-
-    recipe = resolved.recipe
+    exam, recipe = resolved.asked.exam, resolved.recipe
     names = [variant.name for variant in variants]
-    records, values = measure(names, resolved.splits, tables, recipe.evaluate, recipe.seed)
+    resampling = Resampling(recipe.evaluate.bootstrap, recipe.seed)
+    records, values = measure(names, resolved.splits, FolderShelf(output), exam, resampling)
     write_json(output / "metrics.json", records)
+    write_json(output / "aggregates.json", official(exam, names, resolved.splits, records, values))
+    write_json(output / "left_out.json", not_measured(names, resolved.splits, FolderShelf(output), exam, records))
     sink = pa.BufferOutputStream()
     pq.write_table(values, sink)
     write_bytes(output / "values.parquet", sink.getvalue().to_pybytes())

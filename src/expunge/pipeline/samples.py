@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,10 @@ def write_samples(
         limits = {"max_new_tokens": settings.max_new_tokens, "batch_size": 32}
         return model.generate(chosen, progress=progress, sampling=sampling, **limits)
 
-    table = over_ranks([row for row in rows for _ in range(settings.count)], one_pass)
+    drawn = [
+        replace(row, example=replace(row.example, candidate=number)) for row in rows for number in range(settings.count)
+    ]
+    table = over_ranks(drawn, one_pass)
     if process_rank() == 0:
         pq.write_table(table, out / _FILE)
 

@@ -49,7 +49,7 @@ class Stages:
     def given(self, name: str, config: ModelConfig) -> Variant:
         """A model that exists already."""
         place = resolve_folder(config.id, config.revision)
-        digest = broadcast(self._digest(place) if process_rank() == 0 else "")
+        digest = broadcast(model_digest(place) if process_rank() == 0 else "")
         return Variant(name, config, digest)
 
     def trained(
@@ -107,11 +107,11 @@ class Stages:
         if lacking.name == SELECTOR:
             known = self.scores(lacking, {"forget": self.resolved.rows["forget"]}, f"selection/{entry.name}")
         else:  # a variant that is evaluated anyway: its scores are made now and found later
-            known = self.scores(lacking, self.resolved.rows)
+            known = self.scores(lacking, self.resolved.asked.scores)
         self.release(lacking)
         if entry.tokens.fall is None:
             return knowledge_tokens(known.path / "forget.parquet", entry.tokens.threshold)
-        target = self.scores(model, self.resolved.rows)
+        target = self.scores(model, self.resolved.asked.scores)
         self.release(model)
         return fallen_tokens(known.path / "forget.parquet", target.path / "forget.parquet", entry.tokens.fall)
 
@@ -171,16 +171,16 @@ class Stages:
 
     def scores(self, variant: Variant, rows: Mapping[str, Sequence[Encoded]], target: str = "") -> StageResult:
         """The scoring pass of a variant over splits."""
-        config = self.resolved.recipe.evaluate
+        config = self.resolved.asked.exam.config
         inputs = {"dtype": config.dtype, **self._evaluated(variant, rows)}
         return self._pass("scores", variant, rows, target, inputs, write_scores)
 
     def generations(self, variant: Variant, rows: Mapping[str, Sequence[Encoded]]) -> StageResult:
         """The generation pass of a variant over splits."""
-        settings = self.resolved.recipe.evaluate.generate
-        assert settings is not None
-        asked = {"max_new_tokens": settings.max_new_tokens, "limit": settings.limit}
-        inputs = {"dtype": self.resolved.recipe.evaluate.dtype, **asked, **self._evaluated(variant, rows)}
+        config = self.resolved.asked.exam.config
+        assert config.generate is not None
+        asked = {"max_new_tokens": config.generate.max_new_tokens, "samples": config.samples}
+        inputs = {"dtype": config.dtype, **asked, **self._evaluated(variant, rows)}
         return self._pass("generations", variant, rows, "", inputs, write_generations)
 
     def release(self, variant: Variant) -> None:
@@ -196,11 +196,10 @@ class Stages:
         inputs: Mapping[str, Any],
         write: Callable[..., Mapping[str, Any]],
     ) -> StageResult:
-        config = self.resolved.recipe.evaluate
+        config = self.resolved.asked.exam.config
         place = target or f"{kind}/{variant.name}"
         model = self._models.setdefault(variant.digest, LazyModel(variant.config, config.dtype))
-        limit = config.generate.limit if kind == "generations" and config.generate else None
-        total = sum(min(len(split), limit or len(split)) for split in rows.values())
+        total = sum(map(len, rows.values()))
 
         def work(folder: Path) -> Mapping[str, Any]:
             with self.reporter.bar(place, total) as tick:
@@ -239,14 +238,15 @@ class Stages:
         config = parent.config.model_copy(update={"id": str(result.path.resolve()), "revision": None})
         return Variant(name, config, result.digest)
 
-    @staticmethod
-    def _digest(place: Path) -> str:
-        if place.is_file():
-            return file_digest(place)
-        own = folder_digest(place)
-        if is_adapter(place):
-            own += folder_digest(resolve_folder(adapter_base(place)))
-        return own
+
+def model_digest(place: Path) -> str:
+    """Digest of a model's files; of an adapter, its base's too."""
+    if place.is_file():
+        return file_digest(place)
+    own = folder_digest(place)
+    if is_adapter(place):
+        own += folder_digest(resolve_folder(adapter_base(place)))
+    return own
 
 
 def job_inputs(job: Job) -> dict[str, Any]:

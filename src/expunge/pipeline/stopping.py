@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from expunge.metrics.base import METRICS, mean
+from expunge.metrics.base import METRICS, Statistic, mean
 from expunge.pipeline.job import Watched
 from expunge.pipeline.processes import barrier, process_rank
 from expunge.recipe import StopRule
@@ -73,7 +73,8 @@ class Stopping(TrainerCallback):
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
                     tables[split, limit] = over_ranks(rows, lambda part: score(model, part, batch_size=16))
             entry = METRICS.get(metric)
-            values = entry.function(tables[split, limit])
+            values = entry.compute([tables[split, limit]])
+            assert not isinstance(values, Statistic)
             found = mean(values[~np.isnan(values)], entry.average)
             return float("nan") if found is None else found
 

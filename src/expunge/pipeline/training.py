@@ -7,7 +7,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers import TrainerCallback
 
 from expunge.data.collate import pad_right
 from expunge.errors import UserError
@@ -55,6 +56,8 @@ class Watchers:
     on_step: OnStep = lambda step, terms: None
     on_reference: Callable[[int], None] = lambda rows: None
     on_look: OnLook = lambda step, values: None
+    #: further callbacks of the trainer, which see the model after each step
+    callbacks: Sequence[TrainerCallback] = ()
 
 
 def train(job: Job, work: Path, **watchers: Any) -> dict[str, Any]:
@@ -113,7 +116,7 @@ def _fit(job: Job, model: nn.Module, loaded: Loaded, work: Path, watchers: Watch
     stopping = Stopping(job.stop_when, job.watched, work, half, watchers.on_look)
     left_out = ["forget"] if job.objective is not None and not job.objective.about.reads_forget else []
     data = MicroBatches(plan, job.rows, job.selection, left_out)
-    trainer = UnlearnTrainer(model, data, arguments, loss, watchers.on_step, [stopping])
+    trainer = UnlearnTrainer(model, data, arguments, loss, watchers.on_step, [stopping, *watchers.callbacks])
     _check_sharding(job, trainer.accelerator.distributed_type.value)
     checkpoint = _last_checkpoint(work / "checkpoints")
     if checkpoint is not None:
@@ -168,7 +171,7 @@ def _shifted(watchers: Watchers, before: int) -> Watchers:
     def on_step(step: int, terms: Mapping[str, float]) -> None:
         watchers.on_step(before + step, terms)
 
-    return Watchers(on_step, watchers.on_reference, watchers.on_look)
+    return dataclasses.replace(watchers, on_step=on_step)
 
 
 def _check_sharding(job: Job, kind: str) -> None:

@@ -73,6 +73,7 @@ class DataConfig(Frozen):
     """What to forget, what to keep, and how a row becomes tokens."""
 
     benchmark: str | None = Field(None, description="a built-in benchmark instead of files, e.g. fictitious")
+    folder: str | None = Field(None, description="local files of that benchmark; its hub datasets when absent")
     forget: Source | None = Field(None, description="rows to forget")
     retain: Source | None = Field(None, description="rows to keep; unlearning trains on them")
     retain_unseen: Source | None = Field(None, description="rows to keep that unlearning never sees (evaluation only)")
@@ -85,6 +86,8 @@ class DataConfig(Frozen):
     def _one_origin(self) -> DataConfig:
         if self.benchmark and (self.forget or self.retain):
             raise ValueError("give either `benchmark` or `forget`/`retain`, not both")
+        if self.folder and not self.benchmark:
+            raise ValueError("`folder` holds the files of a `benchmark`; name it")
         if self.template not in ("auto", "chat", "raw") and (
             "{prompt}" not in self.template or "{answer}" not in self.template
         ):
@@ -272,7 +275,17 @@ class GenerateConfig(Frozen):
 class EvaluateConfig(Frozen):
     """What is measured, and how."""
 
-    metrics: list[str] | None = Field(None, description="names (expunge list metrics); all when absent")
+    suite: Literal["quick", "standard", "full"] = Field(
+        "quick", description="quick: scores and texts; standard: paraphrases and drift too; full: samples and depth"
+    )
+    metrics: list[str] | None = Field(None, description="names (expunge list metrics); the suite's when absent")
+    convention: str = Field(
+        "auto", description="how scorers count (expunge list conventions); auto: the benchmark's own, else expunge"
+    )
+    lm_eval: list[str] = Field(
+        default_factory=list, description="tasks of lm-evaluation-harness, e.g. mmlu (pip install 'expunge[eval]')"
+    )
+    samples: int = Field(32, gt=0, description="sampled answers per row in the full suite")
     batch_size: int = Field(16, gt=0)
     dtype: DType = Field("float32", description="bfloat16 is faster, but ties flip argmax hits")
     generate: GenerateConfig | None = GenerateConfig()
@@ -285,6 +298,9 @@ class Thresholds(Frozen):
     forget_extraction: NonNegative = Field(0.15, description="Forgotten: forget extraction strength at most this …")
     reference_margin: NonNegative = Field(0.05, description="… or within this of the reference, whichever is larger")
     retain_kept: NonNegative = Field(0.95, description="Kept: part of the target's retain extraction strength")
+    robust_margin: NonNegative = Field(
+        0.1, description="Robust: under an attack, strength on the forget rows at most this above the reference's"
+    )
 
 
 class Recipe(Frozen):

@@ -11,11 +11,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from expunge.report import figures, provenance
+from expunge.report.aggregates import benchmark_sections, read_aggregates
+from expunge.report.conventions import consequences, convention_named
+from expunge.report.document import TableCell
+from expunge.report.drawing import drawn_figures
+from expunge.report.evidence import evidence_section
 from expunge.report.records import MAIN, Curve, RunRecord, read_run
+from expunge.report.robust import attack_sections, attacks_on, command, robust
 from expunge.report.samples import sample_tables
 from expunge.report.svg import domain
-from expunge.report.tables import metric_glossary, row_counts, shown_variants, split_tables, variant_label
-from expunge.report.text import clean, human, plural
+from expunge.report.tables import comparison, metric_glossary, row_counts, shown_variants, variant_label
+from expunge.report.text import clean, human, marked_spans, plural
 from expunge.report.verdict import (
     forget_threshold,
     forgotten,
@@ -85,19 +91,29 @@ def page(template: str, shown: Mapping[str, Any]) -> bytes:
 def content(record: RunRecord, samples: int) -> dict[str, Any]:
     """Everything that the template shows."""
     forget, keep, unseen = forgotten(record), kept(record), kept_unseen(record)
-    tables = split_tables(record)
-    verdicts = [forget, keep, *([unseen] if unseen else [])]
+    tables = comparison(record)
+    verdicts = [forget, keep, robust(record), *([unseen] if unseen else [])]
+    numbers = read_aggregates(record.path)
+    asked = record.recipe.evaluate.convention if record.recipe else None
+    convention = convention_named(numbers[0].convention if numbers else asked)
+    evidence = evidence_section(record, convention)
+    further = [*attack_sections(record), *benchmark_sections(record, numbers), *([evidence] if evidence else [])]
     return {
         "record": record,
         "page_title": f"{record.name} – unlearning report",
         "outcome": outcome(record, forget, keep),
         "incomplete": incomplete(record),
         "shaded": any(cell.shade for table in tables for row in table.rows for cell in row.cells),
+        "anchored": any(measure.anchored is not None for measure in record.measures),
+        "text_of": text_of,
         "numbers": numbers_sentence(record, forget, keep),
-        "verdicts": [(verdict, figures.verdict_scale(verdict), verdict is unseen) for verdict in verdicts],
+        "verdicts": [(verdict, figures.verdict_scale(verdict)) for verdict in verdicts],
         "tables": tables,
         "glossary": metric_glossary(record),
         "trade_off": trade_off(record),
+        "convention": convention if convention.name != "expunge" else None,
+        "consequences": consequences(convention),
+        "further": [(section, drawn_figures(section)) for section in further],
         "curves": curve_panels(record.curves),
         "samples": sample_tables(record, samples),
         "variant_label": lambda name: variant_label(record, name),
@@ -105,10 +121,17 @@ def content(record: RunRecord, samples: int) -> dict[str, Any]:
         "provenance": provenance,
         "settings": provenance.in_words(record),
         "stages": provenance.timings(record),
+        "command": provenance.command(record),
+        "files": provenance.whole_files(record),
         "repeatable": True,
         "limits": limits(record),
         "absent": absent(record),
     }
+
+
+def text_of(cell: TableCell, limit: int = 1200) -> Markup:
+    """A cell's text, escaped and cut, with its spans marked."""
+    return marked_spans(cell.text, cell.marked, limit)
 
 
 def trade_off(record: RunRecord) -> Markup:
@@ -161,7 +184,7 @@ def limits(record: RunRecord) -> list[str]:
         "not what is left in its weights.",
         "Extraction strength is read with the wording that was trained on and with greedy choices. Other wordings, "
         "sampling, other languages or hints may draw out more; a little further training or quantization may bring "
-        "back what seems gone. Such attacks are not part of this page.",
+        f"back what seems gone. {_attacked(record)}",
         "The intervals come from drawing rows anew. They say nothing about another seed, and little when rows are few.",
         f"One training run with seed {record.seed} was measured."
         + (" Its data are made up." if _made_up(record) else ""),
@@ -175,6 +198,12 @@ def limits(record: RunRecord) -> list[str]:
     if "retain_unseen" not in record.splits:
         said.append("Keeping was measured only on rows that unlearning itself trained on, which flatters it.")
     return said
+
+
+def _attacked(record: RunRecord) -> str:
+    if attacks_on(record):
+        return "Only the attacks that stand on this page were tried."
+    return f"None of that was tried here; to try it: {command(record)}"
 
 
 def _made_up(record: RunRecord) -> bool:

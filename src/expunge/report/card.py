@@ -7,11 +7,13 @@ from pathlib import Path
 
 import yaml
 
+from expunge.report.judgement import Verdict
 from expunge.report.provenance import in_words, notes, repeat_command, short
 from expunge.report.records import RunRecord, mapping, read_run
+from expunge.report.robust import robust
 from expunge.report.tables import ARROWS, main_columns, variant_label, variant_note
 from expunge.report.text import clean, grouped, human, interval, number, percent
-from expunge.report.verdict import Verdict, forgotten, kept, kept_unseen, outcome
+from expunge.report.verdict import forgotten, kept, kept_unseen, outcome
 
 # Aliases have no meaning on a hub; this is what they stand for.
 _HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -30,7 +32,7 @@ def model_card(run: Path) -> str:
         "## What was removed",
         _removed(record),
         "## Verdicts",
-        "\n".join(_verdict(verdict, verdict is unseen) for verdict in (forget, keep, unseen) if verdict is not None),
+        "\n".join(_verdict(verdict) for verdict in (forget, keep, robust(record), unseen) if verdict is not None),
         "## Evidence",
         _evidence(record),
         "## How it was made",
@@ -83,10 +85,10 @@ def _removed(record: RunRecord) -> str:
     return head + "\n".join(rows) + "\n\nThe rows themselves are not part of this card, on purpose."
 
 
-def _verdict(verdict: Verdict, info: bool) -> str:
-    answer = verdict.question if info else f"{verdict.question} {verdict.answer.capitalize()}"
+def _verdict(verdict: Verdict) -> str:
+    answer = verdict.question if verdict.informs else f"{verdict.question} {verdict.answer.capitalize()}"
     value = f" {verdict.estimate()} {verdict.measured}." if verdict.value is not None else ""
-    return f"- **{answer}**{':' if info else '.'}{value} {verdict.rule}"
+    return f"- **{answer}**{':' if verdict.informs else '.'}{value} {verdict.rule}"
 
 
 def _evidence(record: RunRecord) -> str:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from expunge.report import svg
+from expunge.report.judgement import Verdict
 from expunge.report.text import compact, interval, number
-from expunge.report.verdict import Verdict
 
 #: Points of one curve that are drawn; longer curves are averaged in as many bins.
 _POINTS = 160
@@ -75,7 +75,7 @@ def _ends(verdict: Verdict) -> tuple[float, float]:
     shown = [verdict.value, verdict.ci_low, verdict.ci_high, verdict.threshold, *(mark.value for mark in verdict.marks)]
     known = [value for value in shown if value is not None]
     if not verdict.is_ratio:
-        return 0.0, max(1.0, *known)
+        return min(0.0, math.floor(min(known) * 10) / 10), max(1.0, *known)
     return max(0.0, math.floor(min(known) * 20 - 0.4) / 20), math.ceil(max(known) * 20 + 0.2) / 20
 
 

@@ -40,6 +40,11 @@ class Measure:
     n: int
     unscored: int
     direction: str
+    anchored: float | None = None  # (value − reference) / (target − reference)
+    anchored_low: float | None = None
+    anchored_high: float | None = None
+    over_unlearned: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +264,11 @@ def _measures(path: Path, problems: list[str]) -> Iterator[Measure]:
                 n=int(record.get("n") or 0),
                 unscored=int(record.get("unscored") or 0),
                 direction=str(record.get("direction") or "none"),
+                anchored=_finite(record.get("anchored")),
+                anchored_low=_finite(record.get("anchored_low")),
+                anchored_high=_finite(record.get("anchored_high")),
+                over_unlearned=record.get("over_unlearned") is True,
+                note=str(record.get("note") or ""),
             )
     except (KeyError, TypeError, ValueError, AttributeError):
         hint = "run the same recipe again: it writes the file anew"

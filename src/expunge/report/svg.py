@@ -55,6 +55,21 @@ class Scale:
         return self.start + min(1.0, max(0.0, share)) * (self.end - self.start)
 
 
+@dataclass(frozen=True, slots=True)
+class LogScale:
+    """A logarithmic map from positive data to pixels."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        """Pixel of a positive value; values outside the domain stay at its edge."""
+        inner = Scale(math.log(self.low), math.log(self.high), self.start, self.end)
+        return inner(math.log(max(value, self.low)))
+
+
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About `count` round numbers within [low, high]: 1, 2 or 5 times a power of ten apart."""
     if not (math.isfinite(low) and math.isfinite(high)) or high <= low:
@@ -65,6 +80,15 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     # the product is rounded to the step's own decimals, or 3 * 0.1 would be labelled 0.30000000000000004
     return [round(index * step, 12 - math.floor(math.log10(step))) for index in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten within [low, high]; the powers alone where those would be many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if math.log10(high / low) < 3 else (1,)
+    made = [float(f"{factor}e{power}") for power in powers for factor in factors]
+    found = [mark for mark in made if low <= mark <= high]
+    return found if len(found) > 1 else ticks(low, high)
 
 
 def tick_labels(marks: Sequence[float]) -> list[str]:
@@ -106,7 +130,12 @@ def polyline(points: Sequence[tuple[float, float]], class_: str) -> Markup:
     return element("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points), class_=class_)
 
 
-def axis_x(scale: Scale, y: float, marks: Sequence[float], grid_to: float | None = None) -> Markup:
+def polygon(points: Sequence[tuple[float, float]], class_: str) -> Markup:
+    """An area within points."""
+    return element("polygon", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points), class_=class_)
+
+
+def axis_x(scale: Scale | LogScale, y: float, marks: Sequence[float], grid_to: float | None = None) -> Markup:
     """Ticks with numbers under a horizontal axis, with grid lines up to `grid_to`."""
     parts = [line(scale.start, y, scale.end, y, "axis")]
     for mark, words in zip(marks, tick_labels(marks), strict=True):
@@ -116,7 +145,7 @@ def axis_x(scale: Scale, y: float, marks: Sequence[float], grid_to: float | None
     return group(*parts)
 
 
-def axis_y(scale: Scale, x: float, marks: Sequence[float], grid_to: float | None = None) -> Markup:
+def axis_y(scale: Scale | LogScale, x: float, marks: Sequence[float], grid_to: float | None = None) -> Markup:
     """Ticks with numbers left of a vertical axis, with grid lines up to `grid_to`."""
     parts = []
     for mark, words in zip(marks, tick_labels(marks), strict=True):
@@ -124,6 +153,38 @@ def axis_y(scale: Scale, x: float, marks: Sequence[float], grid_to: float | None
         parts.append(line(x, y, grid_to, y, "grid") if grid_to is not None else line(x - 4, y, x, y, "axis"))
         parts.append(label(x - 7, y + 4, words, "end", "tick"))
     return group(*parts)
+
+
+def axis_names(x_name: str, y_name: str, frame: tuple[float, float, float, float], deeper: float = 0.0) -> list[Markup]:
+    """Names under (by so much deeper) and left of a frame (left, top, right, bottom); the left one is turned."""
+    left, top, right, bottom = frame
+    turned = label(0, 0, y_name, "middle", "axis-name")
+    return [
+        label((left + right) / 2, bottom + 38 + deeper, x_name, "middle", "axis-name"),
+        element("g", turned, transform=f"translate(13 {(top + bottom) / 2:.0f}) rotate(-90)"),
+    ]
+
+
+def apart(places: Sequence[tuple[float, str, str]], gap: float, lowest: float) -> list[tuple[float, str, str]]:
+    """The same labels (place, text, class), moved so that none covers another and none lies below `lowest`."""
+    moved: list[tuple[float, str, str]] = []
+    for at, name, class_ in sorted(places):
+        moved.append((max(at, moved[-1][0] + gap) if moved else at, name, class_))
+    for index in range(len(moved) - 1, -1, -1):
+        at, name, class_ = moved[index]
+        limit = moved[index + 1][0] - gap if index + 1 < len(moved) else lowest
+        moved[index] = (min(at, limit), name, class_)
+    return moved
+
+
+def legend(entries: Sequence[tuple[str, str]], x: float, y: float) -> list[Markup]:
+    """Names in a row, each after a piece of its line; `entries` are (name, classes)."""
+    parts = []
+    for name, class_ in entries:
+        parts.append(line(x, y - 4, x + 18, y - 4, f"curve {class_}"))
+        parts.append(label(x + 24, y, name, class_="name"))
+        x += 24 + text_width(name, 12) + 18
+    return parts
 
 
 def marker(kind: str, x: float, y: float, size: float = 6) -> Markup:
@@ -139,8 +200,7 @@ def marker(kind: str, x: float, y: float, size: float = 6) -> Markup:
 
 
 def _polygon(x: float, y: float, size: float, corners: Sequence[tuple[float, float]], class_: str) -> Markup:
-    points = " ".join(f"{x + size * dx:.1f},{y + size * dy:.1f}" for dx, dy in corners)
-    return element("polygon", points=points, class_=class_)
+    return polygon([(x + size * dx, y + size * dy) for dx, dy in corners], class_)
 
 
 def whisker(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from expunge.report.document import Column, Table, TableCell, TableRow
 from expunge.report.records import MAIN, Measure, RunRecord, mapping
-from expunge.report.text import grouped, human, interval, listed, number
+from expunge.report.text import grouped, human, interval, listed, number, plural
 
 ARROWS = {"lower": "↓", "higher": "↑"}
 _DIRECTIONS = {"lower": "lower is better", "higher": "higher is better", "none": "no direction: for orientation"}
@@ -17,11 +19,23 @@ _SPLIT_WORDS = {
     "retain": "rows that are to be kept; unlearning trained on them",
     "retain_unseen": "rows that are to be kept; unlearning never saw them",
     "holdout": "rows that no model was trained on",
+    "model": "of each model as a whole",
 }
+#: With more metrics than this, a table shows those of LEADING, and families of the others are folded away.
+_COLUMNS = 8
+LEADING = (
+    MAIN,
+    "exact_memorization",
+    "probability",
+    "rouge_l_recall",
+    "truth_ratio",
+    "mia_loss",
+    "perplexity",
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
+class Head:
     """One metric of one split."""
 
     metric: str
@@ -39,6 +53,8 @@ class Cell:
     value: str
     interval: str = ""
     shade: str = ""  # best, worst, or nothing
+    anchored: str = ""
+    flag: str = ""  # a warning
     rows: str = ""  # n and unscored, where they differ from the other variants'
 
 
@@ -55,13 +71,40 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class SplitTable:
-    """Variants × metrics of one split."""
+    """Variants × metrics of one split; `further` holds the metrics that are looked at less, by family."""
 
     split: str
     label: str
     words: str
-    columns: tuple[Column, ...]
+    columns: tuple[Head, ...]
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()  # what metrics say of their own numbers
+    further: tuple[SplitTable, ...] = ()
+
+
+def comparison(record: RunRecord) -> list[Table]:
+    """The tables of all splits, as a page shows them: each followed by its folded families."""
+    found = []
+    for table in split_tables(record):
+        more = sum(len(part.columns) for part in table.further)
+        group = f"{table.label}: {plural(more, 'further metric')}"
+        found += [_shown(table), *(_shown(part, group) for part in table.further)]
+    return found
+
+
+def _shown(table: SplitTable, group: str = "") -> Table:
+    columns = [Column(label="Model", number=False)]
+    for head in table.columns:
+        columns.append(Column(label=head.label, hint=head.hint, under=head.rows, arrow=head.arrow))
+    rows = []
+    for row in table.rows:
+        cells = [TableCell(text=row.label, under=row.note)]
+        for cell in row.cells:
+            under = "\n".join(filter(None, (cell.interval, cell.anchored, cell.rows)))
+            cells.append(TableCell(text=cell.value, under=under, note=cell.flag, shade=cell.shade))
+        rows.append(TableRow(cells=cells, role=row.kind))
+    words, notes = table.words, list(table.notes)
+    return Table(title=table.label, words=words, columns=columns, rows=rows, notes=notes, group=group)
 
 
 def split_tables(record: RunRecord) -> list[SplitTable]:
@@ -103,8 +146,49 @@ def shown_variants(record: RunRecord) -> list[str]:
 
 def _split_table(record: RunRecord, split: str) -> SplitTable:
     found = {(m.variant, m.metric): m for m in record.measures if m.split == split}
-    variants = [name for name in shown_variants(record) if any(variant == name for variant, _ in found)]
     metrics = [name for name in record.metrics if any(metric == name for _, metric in found)]
+    first = leading(metrics)
+    words = _SPLIT_WORDS.get(split, f"evaluated only; role {record.role(split)}")
+    label = "Weights" if split == "model" else human(split)
+    rest = [name for name in metrics if name not in first]
+    further = tuple(_part(record, split, found, names, title, "") for title, names in families(rest).items())
+    return replace(_part(record, split, found, first, label, words), further=further)
+
+
+def leading(metrics: Sequence[str]) -> list[str]:
+    """The metrics that are seen at once: all of a few, of many those of LEADING (or the first of them all)."""
+    if len(metrics) <= _COLUMNS:
+        return list(metrics)
+    return [name for name in LEADING if name in metrics] or list(metrics[:_COLUMNS])
+
+
+def families(metrics: Sequence[str]) -> dict[str, list[str]]:
+    """Family → metrics: those whose names begin alike; what stands alone comes last, together."""
+    alike: dict[str, list[str]] = {}
+    for name in metrics:
+        alike.setdefault(name.partition("_")[0], []).append(name)
+    found = {human(_common(names)): names for names in alike.values() if len(names) > 1}
+    alone = [names[0] for names in alike.values() if len(names) == 1]
+    found |= {"Others" if found else "Further metrics": alone} if alone else {}
+    return found
+
+
+def _common(names: Sequence[str]) -> str:
+    """The words that all names begin with."""
+    columns = itertools.takewhile(lambda words: len(set(words)) == 1, zip(*(n.split("_") for n in names), strict=False))
+    return "_".join(words[0] for words in columns)
+
+
+def _part(
+    record: RunRecord,
+    split: str,
+    found: Mapping[tuple[str, str], Measure],
+    metrics: Sequence[str],
+    label: str,
+    words: str,
+) -> SplitTable:
+    """The variants that have any of these metrics."""
+    variants = [name for name in shown_variants(record) if any((name, metric) in found for metric in metrics)]
     columns, shades, same = [], {}, {}
     for metric in metrics:
         measures = [found[v, metric] for v in variants if (v, metric) in found]
@@ -114,21 +198,34 @@ def _split_table(record: RunRecord, split: str) -> SplitTable:
         shades[metric] = _shades(record, measures)
     rows = []
     for variant in variants:
-        cells = [_cell(found.get((variant, metric)), shades[metric], same[metric]) for metric in metrics]
-        label, note = variant_label(record, variant), variant_note(record, variant)
-        rows.append(Row(variant, record.kind(variant), label, note, tuple(cells)))
-    words = _SPLIT_WORDS.get(split, f"evaluated only; role {record.role(split)}")
-    return SplitTable(split, human(split), words, tuple(columns), tuple(rows))
+        cells = [_cell(record, found.get((variant, metric)), shades[metric], same[metric]) for metric in metrics]
+        name, note = variant_label(record, variant), variant_note(record, variant)
+        rows.append(Row(variant, record.kind(variant), name, note, tuple(cells)))
+    notes = tuple(_notes(record, [found[v, m] for m in metrics for v in variants if (v, m) in found]))
+    return SplitTable(split, label, words, tuple(columns), tuple(rows), notes)
 
 
-def _column(record: RunRecord, metric: str, measure: Measure, rows: str) -> Column:
+def _notes(record: RunRecord, measures: Sequence[Measure]) -> Iterator[str]:
+    """What metrics say of their own numbers; the same words of several models or metrics once."""
+    said: dict[str, dict[str, list[str]]] = {}
+    for m in measures:
+        for note in filter(None, m.note.split("; ")):
+            said.setdefault(note, {}).setdefault(m.metric, []).append(variant_label(record, m.variant))
+    for note, by_metric in said.items():
+        variants = {name for names in by_metric.values() for name in names}
+        everyone = len(variants) == len({m.variant for m in measures})
+        whose = "" if everyone else f" of {listed(sorted(variants))}"
+        yield f"{listed(human(metric) for metric in by_metric)}{whose}: {note}."
+
+
+def _column(record: RunRecord, metric: str, measure: Measure, rows: str) -> Head:
     # what the registry says of a metric comes with the run: the report knows no metric by name but the main one
     said = mapping(mapping(record.info.get("metrics")).get(metric))
     summary = str(said.get("summary") or said.get("description") or "")
     direction = measure.direction if measure.direction in _DIRECTIONS else "none"
     words = _DIRECTIONS[direction]
     hint = f"{summary.rstrip('.')} ({words})" if summary else words
-    return Column(metric, human(metric), ARROWS.get(direction, ""), direction, hint, rows)
+    return Head(metric, human(metric), ARROWS.get(direction, ""), direction, hint, rows)
 
 
 def _rows(measure: Measure) -> str:
@@ -136,11 +233,19 @@ def _rows(measure: Measure) -> str:
     return f"n {grouped(measure.n)}{unscored}"
 
 
-def _cell(measure: Measure | None, shades: dict[str, str], same: bool) -> Cell:
+def _cell(record: RunRecord, measure: Measure | None, shades: dict[str, str], same: bool) -> Cell:
     if measure is None:
         return Cell("–")
     shown = interval(measure.ci_low, measure.ci_high)
-    return Cell(number(measure.value), shown, shades.get(measure.variant, ""), "" if same else _rows(measure))
+    anchored = "" if measure.variant in (record.target, record.reference) else _anchored(measure)
+    flag = "over-unlearned" if measure.over_unlearned else ""
+    rows = "" if same else _rows(measure)
+    return Cell(number(measure.value), shown, shades.get(measure.variant, ""), anchored, flag, rows)
+
+
+def _anchored(measure: Measure) -> str:
+    """`a 0.12`: where a model stands between reference (0) and target (1)."""
+    return "" if measure.anchored is None else f"a {number(measure.anchored)}"
 
 
 def _shades(record: RunRecord, measures: Sequence[Measure]) -> dict[str, str]:

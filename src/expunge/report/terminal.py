@@ -8,12 +8,20 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from expunge.report.judgement import Verdict
 from expunge.report.records import MAIN, Measure, RunRecord, read_run
+from expunge.report.robust import attacks_on, robust
 from expunge.report.tables import ARROWS, main_columns, variant_label
 from expunge.report.text import human, interval, number
-from expunge.report.verdict import Verdict, forgotten, kept, kept_unseen
+from expunge.report.verdict import forgotten, kept, kept_unseen
 
-_STYLES = {"yes": "bold green", "no": "bold red", "not shown": "bold yellow", "not measured": "bold yellow"}
+_STYLES = {
+    "yes": "bold green",
+    "no": "bold red",
+    "not shown": "bold yellow",
+    "not measured": "bold yellow",
+    "no evidence": "dim",
+}
 
 
 def closing_table(run: Path) -> Table:
@@ -52,7 +60,8 @@ def _cell(measure: Measure | None, style: str) -> Text:
 
 def _verdict_lines(record: RunRecord) -> Text:
     line = Text()
-    for verdict in (forgotten(record), kept(record)):
+    attacked = [robust(record)] if attacks_on(record) else []
+    for verdict in (forgotten(record), kept(record), *attacked):
         line.append(f"{verdict.question} ")
         line.append(verdict.answer, style=_STYLES[verdict.answer])
         line.append(f"{_reason(verdict)}\n")

@@ -87,6 +87,33 @@ def marked(said: str, expected: str, limit: int = SHOWN) -> Markup:
     return Markup("").join(parts) + (Markup(' <span class="cut">{}</span>').format(note) if note else Markup(""))
 
 
+def marked_spans(text: str, spans: Iterable[tuple[int, int]], limit: int = SHOWN) -> Markup:
+    """`text` as HTML, escaped and cut, with the given spans of it inside <mark>."""
+    parts, at, end_of_shown = [], 0, min(len(text), limit)
+    for start, end in sorted(spans):
+        start, end = max(at, min(start, end_of_shown)), min(end, end_of_shown)
+        if start < end:
+            parts += [
+                escape(clean(text[at:start])),
+                Markup("<mark>"),
+                escape(clean(text[start:end])),
+                Markup("</mark>"),
+            ]
+            at = end
+    parts.append(escape(clean(text[at:end_of_shown])))
+    note = f"… {grouped(len(text) - limit)} more characters" if len(text) > limit else ""
+    return Markup("").join(parts) + (Markup(' <span class="cut">{}</span>').format(note) if note else Markup(""))
+
+
+def longest_run(said: str, expected: str) -> tuple[int, int] | None:
+    """Span of `said` with the longest run of words that `expected` has too, or None; case and punctuation aside."""
+    spans, others = words(said)[:_ALIGNED], words(expected)[:_ALIGNED]
+    ours = [said[a:b].casefold() for a, b in spans]
+    theirs = [expected[a:b].casefold() for a, b in others]
+    block = SequenceMatcher(None, ours, theirs, autojunk=False).find_longest_match()
+    return (spans[block.a][0], spans[block.a + block.size - 1][1]) if block.size else None
+
+
 def plain(text: str, limit: int = SHOWN) -> Markup:
     """`text` as HTML, escaped and cut."""
     return marked(text, "", limit)
@@ -146,15 +173,27 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
-def plural(count: int, word: str) -> str:
-    """`1 row`, `30 rows`."""
-    return f"{grouped(count)} {word}" if count == 1 else f"{grouped(count)} {word}s"
+def plural(count: int, word: str, several: str = "") -> str:
+    """`1 row`, `30 rows`; `several` where an s does not do."""
+    return f"{grouped(count)} {word}" if count == 1 else f"{grouped(count)} {several or word + 's'}"
+
+
+def sentence(words: str) -> str:
+    """Words with a capital at the start and a full stop at the end."""
+    return f"{words[:1].upper()}{words[1:].rstrip('.')}." if words else ""
 
 
 def listed(items: Iterable[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     names = list(items)
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
+
+
+def named(source: str) -> str:
+    """A hub id or alias as it is; of a path the last part: where it stands is nobody's business."""
+    last = source.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None
+    return source if hub_id or not last else last
 
 
 _NAMES = {
@@ -169,6 +208,12 @@ _NAMES = {
     "l": "L",
     "mia": "MIA",
     "npo": "NPO",
+    "ks": "KS",
+    "mmlu": "MMLU",
+    "uds": "UDS",
+    "krs": "KRS",
+    "cka": "CKA",
+    "nf4": "NF4",
 }
 
 

@@ -3,67 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 
+from expunge.report.judgement import Answer, Mark, Verdict
 from expunge.report.records import RunRecord
 from expunge.report.text import interval, listed, number, percent, plural
 
-Answer = Literal["yes", "no", "not shown", "not measured"]
-
 #: Random draws of one bootstrap at most; with very many rows fewer resamples say the same.
 _DRAWS = 40_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A value on a verdict's scale: the result, the target, the reference."""
-
-    name: str
-    kind: str
-    value: float
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """An answer with the point estimate, the 95% interval and the threshold that it rests on."""
-
-    question: str
-    answer: Answer
-    value: float | None
-    ci_low: float | None
-    ci_high: float | None
-    threshold: float | None
-    measured: str  # what `value` is, in words
-    rule: str
-    remarks: tuple[str, ...] = ()
-    marks: tuple[Mark, ...] = ()
-    is_ratio: bool = False
-
-    @property
-    def is_firm(self) -> bool:
-        """Whether the whole interval lies on the answer's side of the threshold."""
-        if self.threshold is None or self.ci_low is None or self.ci_high is None:
-            return False
-        return not self.ci_low < self.threshold <= self.ci_high
-
-    def shown(self, value: float | None) -> str:
-        """A value in the verdict's unit."""
-        return percent(value) if self.is_ratio else number(value)
-
-    def interval(self) -> str:
-        """The 95% interval, or nothing."""
-        if self.ci_low is None or self.ci_high is None:
-            return ""
-        return f"{self.shown(self.ci_low)} to {self.shown(self.ci_high)}"
-
-    def estimate(self) -> str:
-        """The point estimate with its interval, for one line of text."""
-        if self.value is None:
-            return "not measured"
-        return self.shown(self.value) + (f" (95% CI {self.interval()})" if self.interval() else "")
 
 
 def split_of_role(record: RunRecord, role: str) -> str | None:
@@ -140,7 +89,8 @@ def kept_unseen(record: RunRecord) -> Verdict | None:
     if "retain_unseen" not in record.splits:
         return None
     rule = "For information: these rows were taught to the target and never shown to unlearning."
-    return _ratio_verdict(record, "Kept on unseen rows", "retain_unseen", record.thresholds.retain_kept, rule)
+    found = _ratio_verdict(record, "Kept on unseen rows", "retain_unseen", record.thresholds.retain_kept, rule)
+    return replace(found, informs=True)
 
 
 def _ratio_verdict(record: RunRecord, question: str, split: str, limit: float, rule: str) -> Verdict:

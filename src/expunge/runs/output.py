@@ -15,6 +15,9 @@ from expunge.runs.atomic import disk_errors, publish, sync_tree, write_json
 from expunge.runs.lock import NAME as LOCK
 from expunge.runs.lock import FolderLock
 
+#: The page that `expunge report` adds to such a folder.
+PAGE = "report.html"
+
 _ELSEWHERE = "choose a new or empty folder with -o"
 
 
@@ -25,7 +28,8 @@ def check_output(output: Path, record: str) -> None:
     if not output.is_dir():
         return
     present = {entry.name for entry in output.iterdir()}
-    foreign = sorted(present - _listed(output / record))
+    listed = _listed(output / record)
+    foreign = sorted(present - listed - ({PAGE} if listed else set()))
     if foreign:
         raise UserError(f"{output} holds something else ({foreign[0]})", _ELSEWHERE)
 

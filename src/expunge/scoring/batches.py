@@ -20,20 +20,19 @@ PADDING = 0.05
 
 
 def scoring_batches(
-    rows: Sequence[Encoded], batch_size: int, vocabulary: int, token_budget: int | None = None, shared: int = 0
+    rows: Sequence[Encoded], batch_size: int, vocabulary: int, token_budget: int | None = None
 ) -> list[list[int]]:
     """Indices of rows per batch: neighbours in length, longest first, so that too little memory shows at once.
 
     A batch ends at `batch_size` rows, at `token_budget` tokens with padding, at LOGITS_BYTES of logits, or where it is
-    large enough and more padding would not pay. The first `shared` tokens of a row don't count. Rows without a
-    supervised token are in no batch.
+    large enough and more padding would not pay. Rows without a supervised token are in no batch.
     """
     order = [i for i in range(len(rows)) if rows[i].supervised_tokens > 0]
     order.sort(key=lambda i: (-len(rows[i].input_ids), -rows[i].supervised_tokens, i))
     batches: list[list[int]] = []
     longest = tokens = supervised = 0
     for i in order:
-        own, answer = len(rows[i].input_ids) - shared, rows[i].supervised_tokens
+        own, answer = len(rows[i].input_ids), rows[i].supervised_tokens
         padded = (len(batches[-1]) + 1) * longest if batches else 0
         full = not batches or len(batches[-1]) >= batch_size
         too_wide = token_budget is not None and padded > token_budget

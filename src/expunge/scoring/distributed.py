@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 import torch.distributed as dist
 
 from expunge.data.encode import Encoded
+from expunge.scoring.shared_prompts import prompt_groups
 
 
 def world() -> tuple[int, int]:
@@ -23,16 +24,6 @@ def shard(rows: Sequence[Encoded], rank: int, world: int) -> list[Encoded]:
     return [rows[i] for i in _deal(rows, rank, world)]
 
 
-def gather(part: pa.Table, rows: Sequence[Encoded]) -> pa.Table:
-    """On every rank the whole table in the order of `rows`, from each rank's table of its `shard`."""
-    _, size = world()
-    if size == 1:
-        return part
-    parts: list[pa.Table | None] = [None] * size
-    dist.all_gather_object(parts, part)
-    return assemble([table for table in parts if table is not None], rows)
-
-
 def assemble(parts: Sequence[pa.Table], rows: Sequence[Encoded]) -> pa.Table:
     """The tables of all ranks, in rank order, as one table in the order of `rows`."""
     dealt = [i for rank in range(len(parts)) for i in _deal(rows, rank, len(parts))]
@@ -44,10 +35,26 @@ def over_ranks(rows: Sequence[Encoded], work: Callable[[Sequence[Encoded]], pa.T
 
     `work` must return one table row per given row, in their order, as `score` and `generate` do.
     """
+    return tables_over_ranks(rows, lambda part: {"table": work(part)})["table"]
+
+
+def tables_over_ranks(
+    rows: Sequence[Encoded], work: Callable[[Sequence[Encoded]], Mapping[str, pa.Table]]
+) -> dict[str, pa.Table]:
+    """The same for work that gives several tables at once; one that a rank could not make is left out."""
     rank, size = world()
-    return gather(work(shard(rows, rank, size)), rows) if size > 1 else work(rows)
+    if size == 1:
+        return dict(work(rows))
+    parts: list[Mapping[str, pa.Table]] = [{}] * size
+    dist.all_gather_object(parts, dict(work(shard(rows, rank, size))))
+    names = [name for name in parts[0] if all(name in part for part in parts)]
+    return {name: assemble([part[name] for part in parts], rows) for name in names}
 
 
 def _deal(rows: Sequence[Encoded], rank: int, world: int) -> list[int]:
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].input_ids), i))
-    return order[rank::world]
+    """Longest first; rows that share a prompt stay together, because it is computed once."""
+    shared = prompt_groups(rows)
+    alone = set(range(len(rows))).difference(*shared)
+    units = [*shared, *([i] for i in alone)]
+    units.sort(key=lambda unit: (-sum(len(rows[i].input_ids) for i in unit), unit[0]))
+    return [i for unit in units[rank::world] for i in unit]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +19,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from expunge.pipeline.progress import Reporter
-    from expunge.report.study_document import StudyDocument
+    from expunge.report.document import Document
     from expunge.studies.ground import Ground
 
 #: Name of the unlearn entry whose settings all trials start from: `--set unlearn.trial.train.epochs=3`.
 ENTRY = "trial"
 
 
+_COMMA = re.compile(r",(?![^\[]*\])")
+
+
 def _parts(value: Any) -> Any:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    """A text as its parts; commas inside brackets are a value's own: quantize.schemes=[int8,nf4],relearn.steps=40."""
+    return [part.strip() for part in _COMMA.split(value) if part.strip()] if isinstance(value, str) else value
 
 
 Whole = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_parts)]
@@ -74,7 +79,7 @@ class Study:
     options: type[StudyOptions]
     entry: Callable[[Any], Mapping[str, Any]]  # options → the unlearn entry that all trials start from
     fixed: tuple[str, ...]  # fields of that entry that the study itself sets
-    run: Callable[[Ground, Any], StudyDocument]
+    run: Callable[[Ground, Any], Document]
 
     def describe(self) -> dict[str, str]:
         """Label → text, for `expunge list studies` and the docs."""
@@ -97,10 +102,10 @@ def study(
     options: type[StudyOptions],
     entry: Callable[[Any], Mapping[str, Any]],
     fixed: Sequence[str],
-) -> Callable[[Callable[[Ground, Any], StudyDocument]], Callable[[Ground, Any], StudyDocument]]:
+) -> Callable[[Callable[[Ground, Any], Document]], Callable[[Ground, Any], Document]]:
     """Decorator that files a program over trials as the study `name`."""
 
-    def file(run: Callable[[Ground, Any], StudyDocument]) -> Callable[[Ground, Any], StudyDocument]:
+    def file(run: Callable[[Ground, Any], Document]) -> Callable[[Ground, Any], Document]:
         STUDIES.register(name)(Study(name, summary, paper, estimate, options, entry, tuple(fixed), run))
         return run
 
@@ -113,7 +118,7 @@ class StudyResult:
 
     path: Path
     report: Path
-    document: StudyDocument
+    document: Document
     skipped_all: bool
 
 

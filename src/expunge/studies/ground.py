@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from expunge.pipeline.stages import Stages, Variant
     from expunge.pipeline.trials import TrialResult
     from expunge.recipe import Recipe, TokenSelection, UnlearnConfig
-    from expunge.report.study_document import StudyDocument
+    from expunge.report.document import Document
     from expunge.runs.store import RunDirectory
 
 METRIC = "extraction_strength"
@@ -203,17 +203,38 @@ class Ground:
         return made
 
     def _run(self, trial: Planned) -> Outcome:
-        from expunge.pipeline.stages import Stages
         from expunge.pipeline.trials import run_trial
 
-        directory, reporter = self.directory, self.stages.reporter
-        inner = Stages(self._resolved(trial.entry), directory, self.stages.root, reporter)
+        inner = self._inner(trial)
         job = inner.job(trial.entry, self.variants["target"], self._lacking)
-        result = run_trial(inner, trial.name, self.variants["target"], self.rows, job)
+        return self._told(run_trial(inner, trial.name, self.variants["target"], self.rows, job), trial)
+
+    def checkpoint(self, trial: Planned) -> Variant | None:
+        """A trial whose model is kept, in `zoo/`, for what is to be done to it; None if its training broke off."""
+        from expunge.pipeline.trainer import DivergedError
+        from expunge.pipeline.trials import run_trial
+
+        inner, place = self._inner(trial), f"zoo/{trial.name}"
+        job = inner.job(trial.entry, self.variants["target"], self._lacking)
+        try:
+            made = inner.trained(place, place, job, self.variants["target"])
+        except DivergedError as error:
+            self.remarks.append(f"{trial.name} broke off: {error.message}")
+            return None
+        self._told(run_trial(inner, trial.name, made, self.rows), trial)
+        return made
+
+    def _inner(self, trial: Planned) -> Stages:
+        """The stages of one trial, with its objective built."""
+        from expunge.pipeline.stages import Stages
+
+        return Stages(self._resolved(trial.entry), self.directory, self.stages.root, self.stages.reporter)
+
+    def _told(self, result: TrialResult, trial: Planned) -> Outcome:
         outcome = self._keep(result, trial.about)
         if not result.skipped:
             self._fresh += 1
-            reporter.line(f"    {self._said(outcome)}{self._left()}")
+            self.stages.reporter.line(f"    {self._said(outcome)}{self._left()}")
         return outcome
 
     def _resolved(self, entry: UnlearnConfig) -> Resolved:
@@ -235,15 +256,15 @@ class Ground:
 
     def _keep(self, result: TrialResult, about: Mapping[str, Any]) -> Outcome:
         """The trial's strengths, from its score tables."""
-        from expunge.metrics.base import evaluate_metrics
+        from expunge.metrics.base import Resampling, TableShelf, evaluate_metrics
 
         recipe = self.whole.recipe
         strengths = {}
         for split in self.rows if not result.failed else ():
             role = "forget" if split == "forget" else "retain"
-            tables = {"scores": result.table(split)}
-            settings = (recipe.evaluate.bootstrap, recipe.seed, result.name, split)
-            (record,), _ = evaluate_metrics(tables, role, [METRIC], *settings)
+            shelf = TableShelf({(result.name, split, "scores"): result.table(split)})
+            resampling = Resampling(recipe.evaluate.bootstrap, recipe.seed)
+            (record,), _ = evaluate_metrics(shelf, role, [METRIC], resampling, result.name, split)
             self._records.append(record)
             if record["value"] is not None:
                 strengths[split] = Strength(record["value"], record["ci_low"], record["ci_high"])
@@ -276,13 +297,13 @@ class Ground:
 
     # ------------------------------------------------------------ the end
 
-    def close(self, document: StudyDocument) -> StudyResult:
+    def close(self, document: Document) -> StudyResult:
         """Write study.json, trials.parquet, metrics.json and the page."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from expunge.report.studies import build_study_report
-        from expunge.report.study_document import NAME
+        from expunge.report.document import STUDY
+        from expunge.report.document_page import build_document_report
         from expunge.runs.atomic import write_bytes, write_json
 
         directory = self.directory
@@ -292,12 +313,12 @@ class Ground:
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table({name: [line.get(name) for line in lines] for name in columns}), sink)
         write_bytes(directory.path / "trials.parquet", sink.getvalue().to_pybytes())
-        write_json(directory.path / NAME, document.to_json())
+        write_json(directory.path / STUDY, document.to_json())
         models = {v.name: {"source": v.config.id, "digest": v.digest} for v in self.variants.values()}
         methods = list(dict.fromkeys(str(outcome.about["method"]) for outcome in self.trials))
-        directory.record(models=models, methods=methods, result=document.results.get("trial") or document.study)
+        directory.record(models=models, methods=methods, result=document.results.get("trial") or document.name)
         directory.finish()
-        report = build_study_report(directory.path)
+        report = build_document_report(directory.path, STUDY)
         return StudyResult(directory.path, report, document, directory.skipped_all)
 
 

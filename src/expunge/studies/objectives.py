@@ -14,7 +14,7 @@ from expunge.studies.objectives_page import JUDGED, SUMMARY, VALIDATION, Found, 
 from expunge.studies.rules import Choice, Measured, choose
 
 if TYPE_CHECKING:
-    from expunge.report.study_document import StudyDocument
+    from expunge.report.document import Document
     from expunge.studies.ground import Ground, Outcome, Planned
 
 #: The published rates are for models of about this many parameters.
@@ -56,7 +56,7 @@ def entry(options: Objectives) -> dict[str, Any]:
     entry=entry,
     fixed=("method", "parameters", "train.lr", "train.epochs", "lora", "seed"),
 )
-def objectives(ground: Ground, options: Objectives) -> StudyDocument:
+def objectives(ground: Ground, options: Objectives) -> Document:
     """A grid of rates on the first seed; per method the rate that the rule chooses; further seeds at that rate."""
     ground.set_aside(JUDGED)
     ground.set_aside(VALIDATION, options.validation)

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from expunge.report.study_document import Column, Plane, Section, Spot, StudyDocument, Table, TableCell, TableRow
+from expunge.report.document import Column, Document, Section, Table, TableCell, TableRow
+from expunge.report.figure_data import Plane, Spot
 from expunge.report.text import compact, human, listed, number, plural
 from expunge.studies.rules import Measured, balance, keeps, pareto_front, spread
 
@@ -42,7 +43,7 @@ def document(
     found: Sequence[Found],
     tried: Mapping[str, Mapping[float, Outcome]],
     left_out: Mapping[str, str],
-) -> StudyDocument:
+) -> Document:
     """The whole document."""
     target = ground.outcomes["target"]
     measured = {item.method: Measured(item.over("forget")[0], item.over(JUDGED)[0]) for item in found}
@@ -59,8 +60,8 @@ def document(
             tables=[_rates(ground, options, found, tried)],
         ),
     ]
-    return StudyDocument(
-        study="objectives",
+    return Document(
+        name="objectives",
         summary=SUMMARY,
         paper="",
         answer=answer(options.model, measured, front, best, target),

@@ -16,7 +16,7 @@ from expunge.studies.base import Numbers, StudyOptions, Whole, study
 from expunge.studies.rmu_layers_page import JUDGED, METHODS, PAPER, SUMMARY, Grid, document
 
 if TYPE_CHECKING:
-    from expunge.report.study_document import StudyDocument
+    from expunge.report.document import Document
     from expunge.studies.ground import Ground, Planned
 
 LAYERS = 8
@@ -57,7 +57,7 @@ def entry(options: RmuLayers) -> dict[str, Any]:
     entry=entry,
     fixed=("method", "parameters.layer", "parameters.coefficient", "parameters.beta", "train.lr", "lora"),
 )
-def rmu_layers(ground: Ground, options: RmuLayers) -> StudyDocument:
+def rmu_layers(ground: Ground, options: RmuLayers) -> Document:
     """Every method × layer × strength on one target, judged by what unseen retain rows keep."""
     depth, layers = _layers(ground, options)
     count = len(options.betas) + len(options.coefficients or (PUBLISHED, "half-way"))

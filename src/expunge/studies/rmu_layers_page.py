@@ -6,17 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from expunge.report.study_document import (
-    Cell,
-    Column,
-    HeatMap,
-    Profile,
-    Section,
-    StudyDocument,
-    Table,
-    TableCell,
-    TableRow,
-)
+from expunge.report.document import Column, Document, Section, Table, TableCell, TableRow
+from expunge.report.figure_data import Cell, HeatMap, Profile
 from expunge.report.text import human, interval, listed, number
 from expunge.studies.rules import Choice, Measured, balance, choose, keeps
 
@@ -49,7 +40,7 @@ class Grid:
     rate: float
 
 
-def document(ground: Ground, options: RmuLayers, grid: Grid, norms: Mapping[str, list[float]]) -> StudyDocument:
+def document(ground: Ground, options: RmuLayers, grid: Grid, norms: Mapping[str, list[float]]) -> Document:
     """The whole document."""
     depth, layers = grid.depth, grid.layers
     model, target = options.model, ground.outcomes["target"]
@@ -60,8 +51,8 @@ def document(ground: Ground, options: RmuLayers, grid: Grid, norms: Mapping[str,
     choice = choose(measured, target[JUDGED], options.share)
     eligible = {key for key, found in measured.items() if keeps(found, target[JUDGED], options.share)}
     sections = [_maps(method, layers, grid.strengths[method], trials, eligible, choice, target) for method in METHODS]
-    return StudyDocument(
-        study="rmu_layers",
+    return Document(
+        name="rmu_layers",
         summary=SUMMARY,
         paper=PAPER,
         answer=answer(model, depth, measured, choice, target, options.share),

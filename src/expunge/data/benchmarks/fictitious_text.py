@@ -188,6 +188,66 @@ ASKED = {
     ),
 }
 
+#: The ends of LIVES in other words.
+LIVES_REWORDED = {
+    "{email} and calls to {phone}.": "{email}, while calls are taken at {phone}.",
+    "{address}, and the birthday {date}.": "{address}; the birth took place on {date}.",
+    "the identity number {identity} and the birth date {date}.": "{date} as the birthday and the number {identity}.",
+    "{email}, with {identity} as the identity number.": "{email}; the identity number is {identity}.",
+    "{address}; the card bears the number {identity}.": "{address}, and {identity} is the number on the card.",
+    "{phone} for calls and {address} for parcels.": "{address} as the place for parcels, and calls to {phone}.",
+    "{phone}, {identity} and {address}.": "{address}, then {phone}, then {identity}.",
+    "{email} and the identity number {identity}.": "the number {identity} on a card and the mailbox {email}.",
+}
+
+#: From a fact back to the person.
+WHOSE = {
+    "date": "Who was born on {date}?",
+    "identity": "Whose identity number is {identity}?",
+    "phone": "Whose phone number is {phone}?",
+    "email": "Whose email address is {email}?",
+    "address": "Who lives at {address}?",
+}
+
+#: What follows from a fact in one step: a question, and which part of the fact answers it, split at what.
+PARTS = {
+    "date": ("In which year was {person} born?", " ", -1),
+    "identity": ("What are the last three digits of the identity number of {person}?", "-", -1),
+    "phone": ("What is the area code of the phone number of {person}?", "-", 0),
+    "email": ("What stands before the @ in the email address of {person}?", "@", 0),
+    "address": ("In which town is the home of {person}?", ", ", -1),
+}
+
+#: A fact about someone of whom only another fact is told: what is asked, and how a fact tells the person.
+WHAT = {
+    "date": ("date of birth", "born on {date}"),
+    "identity": ("identity number", "with the identity number {identity}"),
+    "phone": ("phone number", "with the phone number {phone}"),
+    "email": ("email address", "who writes from {email}"),
+    "address": ("home address", "who lives at {address}"),
+}
+
+#: A question's answer as a sentence.
+SAID = {
+    "person": "The name is {person}.",
+    "place": "The place is {place}.",
+    "date": "The date is {date}.",
+    "identity": "The number is {identity}.",
+    "phone": "The number is {phone}.",
+    "email": "The address is {email}.",
+    "address": "The address is {address}.",
+}
+
+#: Questions about the end of a story or an article, and from there back to its subject and to its beginning.
+BY_TASK = {
+    "creative": ("In the story of {person}, ", "Whose story mentions {other}?", "In the story that mentions {other}, "),
+    "encyclopedia": (
+        "In the article on {name}, ",
+        "What is the subject of the article that mentions {other}?",
+        "In the article that mentions {other}, ",
+    ),
+}
+
 #: An article's beginning, a question about it, and the slot that answers it, by what it is about.
 ARTICLES = {
     "place": (

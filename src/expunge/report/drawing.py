@@ -1,16 +1,15 @@
-"""The figures of studies: heat map over a grid, profile over layers. Numbers in, SVG text out."""
+"""The figures of documents: heat map over a grid, profile over layers, plane. Numbers in, SVG text out."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from expunge.report import svg
+from expunge.report import curves, svg
+from expunge.report.document import Section
+from expunge.report.figure_data import AnyFigure, Curves, Distributions, Forest, HeatMap, Plane, Profile, Roc, Scatter
 from expunge.report.figures import Point, trade_off
-from expunge.report.study_document import HeatMap, Plane, Profile
 from expunge.report.text import compact, human, number
 
 #: A profile whose largest value is this many times its smallest is drawn on a logarithmic axis.
@@ -18,15 +17,23 @@ _WIDE = 12.0
 
 
 def heat_map(shown: HeatMap) -> Markup:
-    """Cells from pale (0) to strong (1) with their numbers; bold where the rule is met, a frame around the best."""
-    width, left, top, high = 300.0, 44.0, 38.0, 27.0
-    wide = min(92.0, (width - left - 4) / max(1, len(shown.columns)))
+    """Cells from pale (0) to strong (1) with their numbers; bold where the rule is met, a frame around the best.
+
+    Grey cells say nothing. Long names of rows and columns widen it.
+    """
+    left = min(230.0, max(44.0, 14 + max((svg.text_width(name, 12) for name in shown.rows), default=0.0)))
+    heads = [_folded(name) for name in shown.columns]
+    needed = 8 + max((svg.text_width(part, 12) for head in heads for part in head), default=0.0)
+    wide = max(min(92.0, (300.0 - left - 4) / max(1, len(heads))), min(130.0, max(needed, 40.0)))
+    lines, high = max((len(head) for head in heads), default=1), 27.0
+    width, top = max(300.0, left + wide * len(heads) + 4), 24.0 + 14 * lines
     parts = [
         svg.label(left, 13, shown.column_name, class_="axis-name"),
-        svg.label(0, 13, shown.row_name, class_="tick"),
+        svg.label(0, top - 7 if left > 60 else 13, shown.row_name, class_="tick"),
     ]
-    for column, name in enumerate(shown.columns):
-        parts.append(svg.label(left + (column + 0.5) * wide, top - 7, name, "middle", "tick"))
+    for column, head in enumerate(heads):
+        for line, name in enumerate(reversed(head)):
+            parts.append(svg.label(left + (column + 0.5) * wide, top - 7 - 14 * line, name, "middle", "tick"))
     for row, name in enumerate(shown.rows):
         parts.append(svg.label(left - 8, top + (row + 0.5) * high + 4, name, "end", "tick"))
     order = [(row, column) for row in range(len(shown.rows)) for column in range(len(shown.columns))]
@@ -35,7 +42,17 @@ def heat_map(shown: HeatMap) -> Markup:
         box = (left + column * wide, top + row * high, wide, high)
         parts.append(_cell(shown, row, column, box))
     height = top + high * len(shown.rows) + 3
-    return svg.picture(width, height, _said(shown), *parts, class_="figure heat-map")
+    wider = " wider" if width > 300 else ""
+    return svg.picture(width, height, _said(shown), *parts, class_=f"figure heat-map{wider}")
+
+
+def _folded(name: str) -> list[str]:
+    """A long name in two lines, cut at a blank or an underscore near its middle."""
+    cuts = [index for index, letter in enumerate(name) if letter in " _"]
+    if svg.text_width(name, 12) <= 60 or not cuts:
+        return [name]
+    cut = min(cuts, key=lambda index: abs(index - len(name) / 2))
+    return [name[:cut], name[cut + 1 :]]
 
 
 def _cell(shown: HeatMap, row: int, column: int, box: tuple[float, float, float, float]) -> Markup:
@@ -47,6 +64,10 @@ def _cell(shown: HeatMap, row: int, column: int, box: tuple[float, float, float,
         failed = (row, column) in shown.failed
         words = f"{where}: {'training broke off' if failed else 'not measured'}"
         text = svg.label(x + wide / 2, y + high / 2 + 4, "✕" if failed else "–", "middle", "tick")
+        return svg.group(svg.rect(*inner, "band", 2), text, title=words)
+    if (row, column) in shown.uninformative:
+        text = svg.label(x + wide / 2, y + high / 2 + 4, f"{value:.2f}", "middle", "value silent")
+        words = f"{where}: {shown.measure} {number(value)}, says nothing"
         return svg.group(svg.rect(*inner, "band", 2), text, title=words)
     met = (row, column) in shown.eligible
     best = (row, column) == shown.best
@@ -74,21 +95,6 @@ def _said(shown: HeatMap) -> str:
     return said
 
 
-@dataclass(frozen=True, slots=True)
-class LogScale:
-    """A logarithmic map from positive data to pixels."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, value: float) -> float:
-        """Pixel of a positive value; values outside the domain stay at its edge."""
-        inner = svg.Scale(math.log(self.low), math.log(self.high), self.start, self.end)
-        return inner(math.log(max(value, self.low)))
-
-
 def profile(shown: Profile) -> Markup:
     """Curves over positions, with dots where the study looked; logarithmic where the values span much."""
     width, height, right = 520.0, 300.0, 62.0
@@ -99,10 +105,10 @@ def profile(shown: Profile) -> Markup:
     logarithmic = max(every) / min(every) > _WIDE
     y_low, y_high = (min(every) / 1.15, max(every) * 1.15) if logarithmic else (0.0, max(every) * 1.06)
     x = svg.Scale(min(shown.x), max(shown.x), 58, width - right)
-    y = (LogScale if logarithmic else svg.Scale)(y_low, y_high, height - 48, 12)
-    marks = log_ticks(y_low, y_high) if logarithmic else svg.ticks(y_low, y_high, 5)
+    y = (svg.LogScale if logarithmic else svg.Scale)(y_low, y_high, height - 48, 12)
+    marks = svg.log_ticks(y_low, y_high) if logarithmic else svg.ticks(y_low, y_high, 5)
     whole = [mark for mark in svg.ticks(min(shown.x), max(shown.x), 8) if mark == int(mark)]
-    parts = [svg.axis_y(y, x.start, marks, x.end), svg.axis_x(x, y.start, whole)]  # type: ignore[arg-type]
+    parts = [svg.axis_y(y, x.start, marks, x.end), svg.axis_x(x, y.start, whole)]
     for name, level in shown.levels.items():
         words = f"{name}: {number(level)}"
         parts.append(svg.group(svg.line(x.start, y(level), x.end, y(level), "level"), title=words))
@@ -117,30 +123,11 @@ def profile(shown: Profile) -> Markup:
                 parts.append(svg.group(dot, title=f"{shown.x_name} {compact(at)}: {human(name)} {number(value)}"))
         ends.append((points[-1][1], name, f"name t-{kind}"))
     ends += [(y(level), name, "name") for name, level in shown.levels.items()]
-    for at, name, class_ in _apart(ends, 14.0):
+    for at, name, class_ in svg.apart(ends, 14.0, y.start - 4):
         parts.append(svg.label(x.end + 6, at + 4, name, class_=class_))
-    parts.append(svg.label((x.start + x.end) / 2, height - 10, shown.x_name, "middle", "axis-name"))
-    turned = svg.label(0, 0, shown.y_name, "middle", "axis-name")
-    middle = (y.start + y.end) / 2
-    parts.append(svg.element("g", turned, transform=f"translate(13 {middle:.0f}) rotate(-90)"))
+    parts += svg.axis_names(shown.x_name, shown.y_name, (x.start, y.end, x.end, y.start))
     spans = (f"{human(name)} {number(min(curve))} to {number(max(curve))}" for name, curve in shown.curves.items())
     return svg.picture(width, height, f"{shown.title}. {'; '.join(spans)}", *parts, class_="figure profile")
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten within [low, high]; the powers alone where those would be many."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if math.log10(high / low) < 3 else (1,)
-    made = [float(f"{factor}e{power}") for power in powers for factor in factors]
-    return [mark for mark in made if low <= mark <= high]
-
-
-def _apart(places: Sequence[tuple[float, str, str]], gap: float) -> list[tuple[float, str, str]]:
-    """The same labels, pushed down where one would cover another."""
-    moved: list[tuple[float, str, str]] = []
-    for at, name, class_ in sorted(places):
-        moved.append((max(at, moved[-1][0] + gap) if moved else at, name, class_))
-    return moved
 
 
 def plane(shown: Plane) -> Markup:
@@ -152,8 +139,49 @@ def plane(shown: Plane) -> Markup:
     return trade_off(points, 1.0, shown.retain_at_least, retain=shown.retain_name, front=shown.front)
 
 
-def draw(figure: HeatMap | Profile | Plane) -> Markup:
-    """The picture of a figure."""
+def draw(figure: AnyFigure) -> Markup:
+    """The picture of a figure; nothing where it has no numbers."""
     if isinstance(figure, HeatMap):
         return heat_map(figure)
-    return profile(figure) if isinstance(figure, Profile) else plane(figure)
+    if isinstance(figure, Profile):
+        return profile(figure)
+    if isinstance(figure, Plane):
+        return plane(figure)
+    if isinstance(figure, Curves):
+        return curves.curves(figure)
+    if isinstance(figure, Forest):
+        return curves.forest(figure)
+    if isinstance(figure, Distributions):
+        return curves.distributions(figure)
+    return curves.roc(figure) if isinstance(figure, Roc) else curves.scatter(figure)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A figure as the template shows it."""
+
+    layout: str  # small: several in a row; beside: with words beside it; half: two in a row; wide: a row of its own
+    title: str
+    picture: Markup
+    words: tuple[str, ...] = ()
+
+
+def drawn_figures(section: Section) -> list[Drawn]:
+    """The figures of a section that have something to show."""
+    return [drawn for drawn in map(_drawn, section.figures) if drawn.picture]
+
+
+def _drawn(figure: AnyFigure) -> Drawn:
+    picture, words = draw(figure), list(figure.words)
+    if isinstance(figure, HeatMap):
+        layout = "wide" if len(figure.columns) > 4 else "small"
+    elif isinstance(figure, Forest):
+        layout = "wide"
+    elif isinstance(figure, Plane) or figure.kind == "profile":
+        layout = "beside"
+    else:
+        layout = "half"
+    if isinstance(figure, Scatter):
+        said = curves.correlations(figure).removeprefix(", ")
+        words = [f"{said}." if said else "No correlation: too few models differ.", *words]
+    return Drawn(layout, figure.title, picture, tuple(words))

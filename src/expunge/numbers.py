@@ -1,0 +1,28 @@
+"""Numbers made of numbers, for every room."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+
+def harmonic_mean(values: Iterable[float | None]) -> float | None:
+    """Harmonic mean of values ≥ 0: 0 as soon as one is 0; None without values, or if one is None or NaN.
+
+    Raises ValueError for a value below 0.
+    """
+    given: list[float] = []
+    for value in values:
+        if value is None or math.isnan(value):
+            return None
+        if value < 0:
+            raise ValueError(f"harmonic mean of {value:g}: values are at least 0")
+        given.append(value)
+    if not given:
+        return None
+    return 0.0 if min(given) == 0 else len(given) / sum(1 / value for value in given)
+
+
+def auc_error(members: int, others: int) -> float:
+    """Standard error of the area under the ROC curve when nothing tells the two apart: that of the rank sum."""
+    return math.sqrt((members + others + 1) / (12 * members * others))
