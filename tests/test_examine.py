@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -107,6 +108,33 @@ def test_metrics_with_two_models_agree_with_the_tables(whole):
     total = [-sum(row["logprob"][: row["answer_tokens"]]) for row in own.to_pylist()]
     assert records["value"] == pytest.approx(np.mean(total), rel=1e-5)
     assert own.column("example_id").to_pylist() == theirs.column("example_id").to_pylist()
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(models, tmp_path, monkeypatch):
+    from expunge.pipeline import examine
+
+    asked = {"benchmark": "fictitious:60", "target": models["target"], "quiet": True}
+    asked |= {"overrides": ["evaluate.generate.max_new_tokens=4"]}
+    whole = api.evaluate(models["model"], output=tmp_path / "whole", **asked)
+    made = []
+
+    def broken(model, *given):
+        made.append(Path(model.config.id).name)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return write(model, *given)
+
+    write = examine.write_generations
+    monkeypatch.setattr(examine, "write_generations", broken)
+    with pytest.raises(KeyboardInterrupt):
+        api.evaluate(models["model"], output=tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
+    again = api.evaluate(models["model"], output=tmp_path / "out", **asked)
+    assert made == ["target", "model", "model"], "the target's pass was not made again"
+    assert again.records == whole.records
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {path.name for path in (tmp_path / "whole").iterdir()}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_suites_grow(models):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from expunge.data.example import Splits
 from expunge.data.load import load_splits
 from expunge.errors import UserError
 from expunge.metrics.base import METRICS, Resampling
+from expunge.models.load import resolve_folder
 from expunge.pipeline.aggregates import official
 from expunge.pipeline.asked import Asked, Exam, ask, exam_of
 from expunge.pipeline.depth import write_layers, write_weights
@@ -31,13 +33,16 @@ from expunge.pipeline.evaluate import (
 )
 from expunge.pipeline.lm_eval import lm_eval_records, run_tasks
 from expunge.pipeline.preflight import Candidate, check_context, open_candidate, other_token
-from expunge.pipeline.processes import process_rank
+from expunge.pipeline.processes import process_count, process_rank
 from expunge.pipeline.progress import Reporter, quiet_libraries
+from expunge.pipeline.stages import model_digest
 from expunge.recipe import DataConfig, EvaluateConfig, ModelConfig
 from expunge.runs.atomic import disk_errors, write_json
 from expunge.runs.output import check_output, whole_folder
 
 RECORD = "evaluation.json"
+#: Folder of an unfinished evaluation with a file for each finished pass.
+DONE = ".done"
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,8 @@ def examine(
             rows = {split.name: {"rows": len(split), "role": split.role} for split in splits}
             metrics = {name: METRICS.get(name).describe() for name in exam.metrics}
             known = {"splits": rows, "metrics": metrics}
-            folder = stack.enter_context(whole_folder(output, RECORD, {**about, **settings, **known}))
+            made_of = _digest(candidates, splits, exam, data)
+            folder = stack.enter_context(whole_folder(output, RECORD, {**about, **settings, **known}, made_of))
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="expunge-")))
         stack.enter_context(disk_errors(folder))
@@ -84,6 +90,7 @@ def examine(
             asked = ask(exam, splits, candidate.tokenizer, data)
             tasks += _write_passes(name, candidate, asked, folder, reporter, "target" in candidates)
         shutil.rmtree(folder / "scores" / "target" / STATES, ignore_errors=True)
+        shutil.rmtree(folder / DONE, ignore_errors=True)
         _look_inside(candidates, exam, splits, data, folder, reporter)
         shelf, resampling = FolderShelf(folder), Resampling(config.bootstrap, seed)
         records, values = measure(models, splits, shelf, exam, resampling)
@@ -113,12 +120,16 @@ def _write_passes(
     model = LazyModel(candidate.config, config.dtype)
     drift = has_target and "divergence" in asked.exam.tables
     states = folder / "scores" / "target" / STATES
-    with reporter.bar(f"scores/{name}", sum(map(len, asked.scores.values()))) as tick:
-        compared = states if drift and name != "target" and states.is_dir() else None
-        write_scores(model, asked.scores, config, folder / "scores" / name, tick, drift and name == "target", compared)
-    if config.generate is not None and asked.generations:
+    if not _is_done(folder, f"scores-{name}"):
+        with reporter.bar(f"scores/{name}", sum(map(len, asked.scores.values()))) as tick:
+            keep, compared = drift and name == "target", states if drift and name != "target" else None
+            compared = compared if compared is not None and compared.is_dir() else None
+            write_scores(model, asked.scores, config, folder / "scores" / name, tick, keep, compared)
+        _mark(folder, f"scores-{name}")
+    if config.generate is not None and asked.generations and not _is_done(folder, f"generations-{name}"):
         with reporter.bar(f"generations/{name}", sum(map(len, asked.generations.values()))) as tick:
             write_generations(model, asked.generations, config, folder / "generations" / name, tick)
+        _mark(folder, f"generations-{name}")
     if not config.lm_eval:
         return []
     with reporter.bar(f"lm-eval/{name}", 1) as tick:
@@ -130,6 +141,26 @@ def _write_passes(
             return []
         tick(1)
     return lm_eval_records(found, name)
+
+
+def _digest(candidates: Mapping[str, Candidate], splits: Splits, exam: Exam, data: DataConfig) -> str:
+    """What the passes are made of: models, rows, and how they are asked."""
+    whole = hashlib.sha256(repr((exam.config, exam.convention, sorted(exam.tables), data)).encode())
+    for name, candidate in candidates.items():
+        whole.update(f"{name} {model_digest(resolve_folder(candidate.config.id, candidate.config.revision))}".encode())
+    for split in splits:
+        whole.update(repr(split).encode())
+    return whole.hexdigest()
+
+
+def _is_done(folder: Path, name: str) -> bool:
+    """Whether an interrupted process made this pass. Several processes share every pass, and make it again."""
+    return process_count() == 1 and (folder / DONE / name).is_file()
+
+
+def _mark(folder: Path, name: str) -> None:
+    (folder / DONE).mkdir(exist_ok=True)
+    (folder / DONE / name).touch()
 
 
 def _look_inside(

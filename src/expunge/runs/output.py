@@ -17,6 +17,8 @@ from expunge.runs.lock import FolderLock
 
 #: The page that `expunge report` adds to such a folder.
 PAGE = "report.html"
+#: File of an unfinished folder that says what is being made.
+MADE_OF = ".made-of"
 
 _ELSEWHERE = "choose a new or empty folder with -o"
 
@@ -35,10 +37,12 @@ def check_output(output: Path, record: str) -> None:
 
 
 @contextmanager
-def whole_folder(output: Path, record: str, about: Mapping[str, Any]) -> Iterator[Path]:
+def whole_folder(output: Path, record: str, about: Mapping[str, Any], made_of: str = "") -> Iterator[Path]:
     """A work folder beside `output` that takes its place at the end, with `about` in the file `record`.
 
-    Raises UserError for a place that is taken or can't be written, and for a full disk; then nothing is left.
+    With `made_of`, a digest of everything that goes into it, what an interrupted process of the same digest left is
+    found there again. Raises UserError for a place that is taken or can't be written, and for a full disk; then nothing
+    is left.
     """
     check_output(output, record)
     output = Path(os.path.abspath(output))
@@ -48,21 +52,35 @@ def whole_folder(output: Path, record: str, about: Mapping[str, Any]) -> Iterato
     except OSError as error:
         raise UserError(f"{output} can't be made: {error.strerror}", "choose another folder with -o") from None
     lock = FolderLock(work)
+    interrupted = False
     try:
         with disk_errors(output.parent):
-            for left_over in work.iterdir():  # of a killed process
-                if left_over.name != LOCK:
-                    shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+            _clear(work, made_of)
             yield work
+            (work / MADE_OF).unlink()
             entries = sorted({record, *(entry.name for entry in work.iterdir() if entry.name != LOCK)})
             write_json(work / record, {**about, "entries": entries})
             lock.release()
             (work / LOCK).unlink()
             sync_tree(work)
             publish(work, output, output.with_name(f".{output.name}.replaced-{os.getpid()}"))
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
     finally:
         lock.release()
-        shutil.rmtree(work, ignore_errors=True)
+        if not (interrupted and made_of):
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _clear(work: Path, made_of: str) -> None:
+    """Remove what a killed process left, unless it was making the same."""
+    note = work / MADE_OF
+    if not (made_of and note.is_file() and note.read_text(encoding="utf-8") == made_of):
+        for left_over in work.iterdir():
+            if left_over.name != LOCK:
+                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+    note.write_text(made_of, encoding="utf-8")
 
 
 def _listed(record: Path) -> set[str]:
