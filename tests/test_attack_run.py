@@ -41,7 +41,7 @@ from expunge.models.load import Loaded, load_model
 from expunge.models.tiny import build_tokenizer
 from expunge.pipeline import attacked
 from expunge.pipeline.attack import attack_models, chosen_attacks, stored_tensors
-from expunge.pipeline.attack_summary import attack_verdict, is_informative, point_verdict
+from expunge.pipeline.attack_summary import attack_verdict, has_taught, is_informative, point_verdict
 from expunge.pipeline.attacked import lesson_job, strongest
 from expunge.pipeline.evaluate import LazyModel
 from expunge.pipeline.job import Job
@@ -509,3 +509,18 @@ def test_the_function_takes_the_same(tmp_path: Path) -> None:
     )
     assert [point.label for point in record.attacks[0].points] == ["20pct"]
     assert record.robust_margin == 0.3
+
+
+def test_what_can_not_be_run_at_all_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no attack is named"):
+        chosen_attacks([], "standard")
+    with pytest.raises(UserError, match="int3"):
+        chosen_attacks(["quantize"], "standard", {"quantize": {"schemes": ["int3"]}})
+    with pytest.raises(UserError, match="none of the attacks can be run"):
+        run({"model": TINY}, small("extrapolate"), tmp_path / "out")
+
+
+def test_a_training_that_teaches_not_even_the_reference_is_no_evidence() -> None:
+    assert has_taught({"a": 0.0, "b": 0.0}, {"a": 0.3, "b": 0.0})
+    assert not has_taught({"a": 0.1, "b": 0.0}, {"a": 0.1, "b": 0.01})
+    assert not has_taught({"a": 0.1}, {})

@@ -290,9 +290,7 @@ def test_long_texts_lose_their_end_and_the_note_counts_them() -> None:
     assert rows[0].input_ids[:2].tolist() == tok(CORPUS[0])["input_ids"][:2]
     assert rows[0].terminator_ids == []
     lost = rows[0].truncated + rows[1].truncated
-    assert (
-        truncation_note(rows) == f"2 of 3 rows were cut at 12 tokens ({lost} tokens lost, 1 of them within the answer)"
-    )
+    assert truncation_note(rows) == f"2 of 3 rows were cut at 12 tokens ({lost} tokens lost; 1 row within the answer)"
     assert truncation_note(rows[2:]) is None
 
 

@@ -22,6 +22,7 @@ from expunge.metrics.base import METRICS, RECORD_KEYS, VALUES, Resampling, chose
 from expunge.models.load import load_model, load_tokenizer
 from expunge.models.save import save_model
 from expunge.pipeline.asked import ask, exam_of
+from expunge.pipeline.examine import warnings
 from expunge.recipe import DataConfig, EvaluateConfig, ModelConfig
 from expunge.scoring.tables import SUITES, TABLES
 
@@ -169,6 +170,26 @@ def test_mistakes_are_one_sentence(models, given, says):
     with pytest.raises(UserError) as caught:
         api.evaluate(models["model"], **{"benchmark": "fictitious:60", "quiet": True, **given})
     assert says in f"{caught.value.message} {caught.value.hint}"
+
+
+def test_forget_rows_alone_are_enough(models, tmp_path):
+    file = tmp_path / "forget.jsonl"
+    file.write_text("".join(json.dumps({"question": f"Q{i}?", "answer": f"answer {i}"}) + "\n" for i in range(3)))
+    found = api.evaluate(models["model"], forget=str(file), suite="standard", quiet=True)
+    assert {record["split"] for record in found.records} == {"forget"}
+    assert found.left_out["neighbour_gap"] == "needs retain rows"
+    assert found.left_out["mia_loss"] == "needs holdout rows"
+
+
+def test_worthless_numbers_are_named():
+    def record(variant, value, n, unscored):
+        about = {"variant": variant, "split": "forget", "metric": "extraction_strength"}
+        return about | {"value": value, "n": n, "unscored": unscored}
+
+    broken, hardly = warnings([record("model", None, 0, 5), record("target", 0.05, 5, 0)])
+    assert "model gives no numbers" in broken
+    assert "--template" in hardly
+    assert warnings([record("model", 0.0, 5, 0), record("target", 0.9, 5, 0)]) == []
 
 
 def test_views_keep_the_example_and_number_their_candidates():

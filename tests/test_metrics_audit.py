@@ -95,3 +95,10 @@ def test_orientation():
     assert np.isnan(oriented([0.2, None], METRICS.get("extraction_strength"))[1])
     np.testing.assert_allclose(oriented([np.e], METRICS.get("perplexity")), [-1])
     np.testing.assert_allclose(oriented([3.0], METRICS.get("nll")), [-3])
+
+
+def test_a_metric_without_a_learnt_end_is_turned_by_the_yardsticks():
+    entry = METRICS.get("privleak")
+    assert oriented([-100.0, 0.0], entry, (-100.0, 0.0)).tolist() == [100.0, 0.0]
+    assert oriented([-100.0, 0.0], entry, (0.0, -100.0)).tolist() == [-100.0, 0.0]
+    assert oriented([1.0], entry).tolist() == [1.0]

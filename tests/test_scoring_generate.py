@@ -15,7 +15,7 @@ from expunge.data.template import resolve_template
 from expunge.errors import UserError
 from expunge.models.tiny import build_tiny
 from expunge.scoring.batches import generation_batches
-from expunge.scoring.generate import TEXT_PROMPT_TOKENS, generate
+from expunge.scoring.generate import TEXT_PROMPT_TOKENS, Sampling, generate
 from expunge.scoring.tables import GENERATIONS
 from scoring_rows import END, lively, random_rows, row
 
@@ -232,3 +232,17 @@ def test_batches_hold_every_row_once_and_are_alike():
 
     in_file_order = [list(part) for part in np.array_split(np.arange(41), len(batches))]
     assert cost(batches) < 0.85 * cost(in_file_order)
+
+
+def test_more_samples_than_a_batch_and_rows_that_end_apart():
+    """Rows that have ended stay in the batch for a while, and their draws are not asked for."""
+    tiny = lively(build_tiny()[0])
+    rows = random_rows(9, seed=5, longest=9)
+    table = generate(
+        tiny, build_tiny()[1], rows, max_new_tokens=12, batch_size=7, margin=1, sampling=Sampling(1.5, 3, 8)
+    )
+    assert len(table) == 72
+    alone = generate(
+        tiny, build_tiny()[1], rows, max_new_tokens=12, batch_size=72, margin=1, sampling=Sampling(1.5, 3, 8)
+    )
+    assert table.column("generated").to_pylist() == alone.column("generated").to_pylist()

@@ -265,6 +265,11 @@ def audit(
     from expunge.pipeline.audit import Members, audit_metrics
     from expunge.pipeline.progress import Reporter
 
+    pairs = _named([*zoo, *knows, *lacks])
+    for name, _ in pairs:
+        if [other for other, _ in pairs].count(name) > 1 or not name:
+            raise UserError(f"two checkpoints are called '{name}'", "name them apart: NAME=FOLDER")
+
     def named(models: Sequence[str]) -> dict[str, ModelConfig]:
         return {name: recipe.model.model_copy(update={"id": model}) for name, model in _named(models)}
 
@@ -376,11 +381,14 @@ def _page(output: str | Path | None) -> None:
 
 
 def _named(models: Sequence[str]) -> list[tuple[str, str]]:
-    """(name, model) of `NAME=MODEL` or `MODEL`, which goes by the last part of its path."""
+    """(name, model) of `NAME=MODEL` or `MODEL`, which goes by the last part of its path, `model` by the one before."""
     pairs = []
     for given in models:
         name, equals, model = given.partition("=")
-        pairs.append((name, model) if equals else (Path(given).name, given))
+        if not equals:
+            path = Path(given).absolute()
+            name, model = path.parent.name if path.name in ("model", "target", "reference") else path.name, given
+        pairs.append((name, model))
     return pairs
 
 

@@ -54,7 +54,7 @@ class Relearning(TrainingAttack):
 
 @attack(
     name="relearn",
-    idea="fine-tune on forget rows, measure on the rest of them",
+    idea="fine-tune on forget rows: how much faster does it come back than the reference learns it?",
     paper="2406.09179, 2506.12618",
     kind="knowledge",
     budget="optimizer steps",

@@ -47,7 +47,9 @@ def audit(
     ] = None,
     benchmark: Benchmark = None,
     folder: DataFolder = None,
-    suite: Annotated[str | None, typer.Option("--suite", help="quick, standard or full: metrics and attacks")] = None,
+    suite: Annotated[
+        str | None, typer.Option("--suite", help="quick, standard or full: which attacks; standard when absent")
+    ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="rows of each split but forget that are measured")
     ] = None,

@@ -83,7 +83,8 @@ def truncation_note(rows: Sequence[Encoded]) -> str | None:
     limit = max(len(row.input_ids) for row in cut)
     lost = sum(row.truncated for row in cut)
     unfinished = sum(not row.terminator_ids for row in cut)
-    answers = f", {unfinished} of them within the answer" if unfinished else ", all of them within the prompt"
+    several = "row" if unfinished == 1 else "rows"
+    answers = f"; {unfinished} {several} within the answer" if unfinished else "; all within the prompt"
     return f"{len(cut)} of {len(rows)} rows were cut at {limit} tokens ({lost} tokens lost{answers})"
 
 

@@ -57,7 +57,9 @@ def load_splits(config: DataConfig, seed: int, *, unlearns: bool = True) -> Spli
         loaded = benchmark.load(Request(part, folder, seed))
         splits, notes = dict(loaded.by_name), loaded.notes
     elif config.forget is None:
-        raise UserError("data.forget: no rows to forget are given", "give a file, or a benchmark: fictitious")
+        raise UserError(
+            "data.forget: no rows to forget are given", "give a file (--forget FILE) or a benchmark, such as fictitious"
+        )
     for name, role in _ROLES.items():
         source: SourceConfig | None = getattr(config, name)
         if source is not None:

@@ -34,12 +34,19 @@ class Correlation:
     n: int = 0
 
 
-def oriented(values: Sequence[float | None], entry: Metric) -> Numbers:
-    """The values as "higher knows more" (NLL and perplexity as −log); NaN where nothing was measured."""
+def oriented(
+    values: Sequence[float | None], entry: Metric, ends: tuple[float | None, float | None] = (None, None)
+) -> Numbers:
+    """The values as "higher knows more" (NLL and perplexity as −log); NaN where nothing was measured.
+
+    A metric without a learnt end (an AUC, PrivLeak) is turned by what it says of target and reference, the `ends`.
+    """
     given = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
     if entry.average == "geometric":
         given = np.log(given)
-    return -given if entry.learnt == "low" else given
+    target, reference = ends
+    falls = entry.learnt is None and target is not None and reference is not None and target < reference
+    return -given if entry.learnt == "low" or falls else given
 
 
 def pearson(before: Numbers, after: Numbers) -> float | None:
@@ -229,9 +236,10 @@ def reading(
     )
     if len(names) < FEWEST:
         return None
-    before = oriented([value(entry.name, name, split) for name in names], entry)
-    after = oriented([value(entry.name, point.variant(name), split) for name in names], entry)
-    ends = oriented([value(entry.name, name, split) for name in (zoo.knowing[0], zoo.lacking[0])], entry)
+    stand = (value(entry.name, zoo.knowing[0], split), value(entry.name, zoo.lacking[0], split))
+    before = oriented([value(entry.name, name, split) for name in names], entry, stand)
+    after = oriented([value(entry.name, point.variant(name), split) for name in names], entry, stand)
+    ends = oriented(stand, entry, stand)
     return Reading(
         metric=entry.name,
         split=split,
@@ -259,11 +267,13 @@ def trust(
             last[found.point.attack] = found
     orders = {name: found.pearson.value for name, found in last.items() if found.pearson.value is not None}
     worst = min(orders, key=lambda name: orders[name]) if orders else ""
+    stand = (value(entry.name, zoo.knowing[0], split), value(entry.name, zoo.lacking[0], split))
     knowing, lacking = (
-        oriented([value(entry.name, name, split) for name in names], entry) for names in (zoo.knowing, zoo.lacking)
+        oriented([value(entry.name, name, split) for name in names], entry, stand)
+        for names in (zoo.knowing, zoo.lacking)
     )
     cut, faithful = threshold(knowing, lacking), faithfulness(knowing, lacking)
-    own = oriented([value(entry.name, name, split) for name in zoo.unlearned], entry)
+    own = oriented([value(entry.name, name, split) for name in zoo.unlearned], entry, stand)
     looks = [
         name
         for name, known in zip(zoo.unlearned, own, strict=True)

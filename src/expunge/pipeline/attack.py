@@ -72,7 +72,12 @@ def chosen_attacks(
     for name in given:
         if name not in chosen:
             raise UserError(f"settings are given for attack {name}, which is not among the attacks", f"add it: {name}")
-    return [build_attack(name, given.get(name, {})) for name in chosen]
+    built = [build_attack(name, given.get(name, {})) for name in chosen]
+    if not built:
+        raise UserError("no attack is named", "for instance: --attacks relearn,quantize (expunge list attacks)")
+    for attack in built:
+        attack.points()  # what a setting names may not exist
+    return built
 
 
 def _rank(suite: str) -> int:
@@ -120,6 +125,9 @@ def attack_models(
         digests = {subject.name: subject.digest for subject in whole if subject.name != MODEL}
         attacked = Attacked(directory, ground.exam, world, ground.rows, ground.views, digests, reporter)
         runnable = [attack for attack in attacks if _can_run(attack, world, attacked, reporter)]
+        if not runnable:
+            reasons = "; ".join(f"{name}: {reason}" for (name, *_), reason in attacked.left_out.items())
+            raise UserError(f"none of the attacks can be run ({reasons})", "give what they need, or name others")
         for subject in whole:
             _attack_subject(subject, runnable, attacked, config)
         resampling = Resampling(config.bootstrap, seed)

@@ -24,6 +24,8 @@ from expunge.runs.atomic import plain
 MODEL, TARGET, REFERENCE = "model", "target", "reference"
 #: Part of its own strength that the target has to show under an attack, or else the attack reads nothing.
 READABLE = 0.5
+#: What a training on the measured rows has to teach the reference, or else it was too short to be an attack.
+TAUGHT = 0.02
 #: Below this, the target itself hardly knows the rows.
 HARDLY = 0.2
 
@@ -147,6 +149,8 @@ class Summary:
         informative = None
         if TARGET in found and TARGET in before:
             informative = is_informative(before[TARGET], found[TARGET])
+        if attack.about.name in self.attacked.taught and REFERENCE in found and REFERENCE in before:
+            informative = informative is not False and has_taught(before[REFERENCE], found[REFERENCE])
         return AttackPoint(
             label=point.label,
             budget=point.budget,
@@ -211,6 +215,12 @@ def is_informative(before: Mapping[str, float], after: Mapping[str, float]) -> b
     return own >= HARDLY and shown >= READABLE * own
 
 
+def has_taught(before: Mapping[str, float], after: Mapping[str, float]) -> bool:
+    """Whether a training on the measured rows taught the reference anything of them; else it was no attack."""
+    shared = [row for row in after if row in before]
+    return bool(shared) and sum(after[row] - before[row] for row in shared) / len(shared) >= TAUGHT
+
+
 def point_verdict(margin: Estimate | None, informative: bool | None, kind: str, allowed: float) -> Verdict:
     """Robust at one point: no as soon as the margin is shown to be larger, yes only where the attack can read.
 
@@ -238,7 +248,9 @@ def attack_verdict(
         return "not shown", "no reference model to compare with: what a model that never saw the rows shows is unknown"
     telling = [point for point in points if point.informative is not False]
     if not telling:
-        return "not shown", "uninformative: not even the target shows the knowledge under it"
+        short = "the training taught not even the reference: give it more steps, or a higher rate"
+        reads = "not even the target shows the knowledge under it"
+        return "not shown", f"uninformative: {short if kind == 'knowledge' else reads}"
     if all(point.informative is None for point in telling) and kind != "knowledge":
         return "not shown", "no target model was given, so that nobody knows whether the attack can read anything"
     if all(point.verdict == "yes" for point in telling):

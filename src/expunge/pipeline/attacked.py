@@ -84,6 +84,7 @@ class Attacked:
         self.left_out: dict[tuple[str, str, str], str] = {}
         self.rewritten: dict[tuple[str, str], Rewritten] = {}
         self.measured: dict[str, frozenset[str]] = {}  # training attack → ids of the forget rows that are measured
+        self.taught: set[str] = set()  # training attacks on the very rows that are measured
         self._world_digest = {name: rows_digest(chosen) for name, chosen in world.rows.items()}
 
     def unattacked(self, subject: Subject, model: LazyModel, generations: bool) -> None:
@@ -174,6 +175,9 @@ class Attacked:
             self.left_out[name, "", ""] = error.message
             return
         rows = dict(self.whole)
+        shown = {row.example.id for row in lesson.rows}
+        if lesson.measured is None and any(row.example.id in shown for row in rows[FORGET]):
+            self.taught.add(name)
         if lesson.measured is not None:
             self.measured[name] = lesson.measured
             for split in [split for split in rows if split.partition(AT)[0] == FORGET]:

@@ -210,7 +210,12 @@ def not_measured(
             missing |= {name: _reason(address) for name, address in found.items() if name not in missing}
             whole |= {name for name in exam.metrics if name not in found and role in METRICS.get(name).roles}
     said = dict.fromkeys(whole, "no row could be scored")
-    return {name: {**missing, **said}[name] for name in exam.metrics if name not in made}
+    return {name: {**missing, **said}.get(name) or _of_roles(name) for name in exam.metrics if name not in made}
+
+
+def _of_roles(name: str) -> str:
+    """What is wanted where no split has a role that the metric is about."""
+    return f"needs {' or '.join(METRICS.get(name).roles)} rows"
 
 
 def _measured(splits: Splits) -> list[tuple[str, str]]:

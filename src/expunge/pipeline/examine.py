@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from expunge.pipeline.aggregates import official
 from expunge.pipeline.asked import Asked, Exam, ask, exam_of
 from expunge.pipeline.depth import write_layers, write_weights
 from expunge.pipeline.evaluate import (
+    MAIN,
     STATES,
     FolderShelf,
     LazyModel,
@@ -41,6 +42,8 @@ from expunge.runs.atomic import disk_errors, write_json
 from expunge.runs.output import check_output, whole_folder
 
 RECORD = "evaluation.json"
+#: Below this extraction strength a target is said to hardly know the rows.
+HARDLY = 0.2
 #: Folder of an unfinished evaluation with a file for each finished pass.
 DONE = ".done"
 
@@ -94,6 +97,8 @@ def examine(
         _look_inside(candidates, exam, splits, data, folder, reporter)
         shelf, resampling = FolderShelf(folder), Resampling(config.bootstrap, seed)
         records, values = measure(models, splits, shelf, exam, resampling)
+        for note in warnings(records):
+            reporter.line(f"  note: {note}")
         left_out = not_measured(models, splits, shelf, exam, records)
         records += tasks
         aggregates = official(exam, models, splits, records, values)
@@ -102,6 +107,24 @@ def examine(
         write_json(folder / "left_out.json", left_out)
         pq.write_table(values, folder / "values.parquet")
     return Examination(records, aggregates, left_out, exam.convention.name)
+
+
+def warnings(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sentences on what makes numbers worthless: models that give none, and a target that never knew the rows."""
+    said = []
+    main = {(r["variant"], r["split"]): r for r in records if r["metric"] == MAIN}
+    for variant in dict.fromkeys(variant for variant, _ in main):
+        mine = [record for (name, _), record in main.items() if name == variant]
+        if not any(record["n"] for record in mine) and any(record["unscored"] for record in mine):
+            rows = sum(record["unscored"] for record in mine)
+            said.append(f"{variant} gives no numbers on any of {rows} rows: its weights are broken (NaN)")
+    target = main.get(("target", "forget"))
+    if target is not None and target["value"] is not None and target["value"] < HARDLY:
+        said.append(
+            f"the target hardly knows the forget rows (extraction strength {target['value']:.3f}): other rows, or "
+            "another template than in its training? (--template)"
+        )
+    return said
 
 
 def ordered(candidates: Mapping[str, Candidate]) -> list[tuple[str, Candidate]]:

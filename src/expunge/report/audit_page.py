@@ -73,9 +73,11 @@ def answer(found: Findings) -> str:
     if not ranked:
         return "No metric could be ranked: no attack left enough checkpoints to compare."
     best, last = ranked[0], ranked[-1]
+    tied = sum(one.order is not None and (best.order or 0) - one.order < 0.005 for one in ranked) - 1
+    beside = f" ({plural(tied, 'other metric')} within 0.005)" if tied else ""
     return (
         f"{human(best.metric)} keeps its order best under attack (mean correlation {number(best.order)} over "
-        f"{plural(best.attacks, 'attack')}), {human(last.metric).lower()} least ({number(last.order)})."
+        f"{plural(best.attacks, 'attack')}){beside}, {human(last.metric).lower()} least ({number(last.order)})."
     )
 
 

@@ -151,7 +151,9 @@ class Decoding:
 
     def _say(self, batch: _Batch, logits: Tensor) -> None:
         """Choose a token for every row, and see which rows have ended."""
-        batch.tokens = self.choose(batch.rows, [len(self.said[row]) for row in batch.rows], logits)
+        # a row that has ended stays until there is reason to leave it out: what is chosen for it is not said
+        steps = [min(len(self.said[row]), self.limits[row] - 1) for row in batch.rows]
+        batch.tokens = self.choose(batch.rows, steps, logits)
         ended = 0
         for row, token in zip(batch.rows, batch.tokens.tolist(), strict=True):
             if self.running[row]:
