@@ -364,6 +364,14 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------ parts
 
 
+def test_attacks_on_another_model_are_not_written_over(tmp_path: Path, knowing: ModelConfig) -> None:
+    run({"model": TINY}, small("token_noise"), tmp_path / "out")
+    before = (tmp_path / "out" / "attack.json").read_bytes()
+    with pytest.raises(UserError, match="another model"):
+        run({"model": knowing}, small("token_noise"), tmp_path / "out")
+    assert (tmp_path / "out" / "attack.json").read_bytes() == before
+
+
 def test_a_look_during_training_sees_what_training_to_that_step_gives(tmp_path: Path) -> None:
     rows = forget_rows()
     for rank in (None, 4):

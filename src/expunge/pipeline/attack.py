@@ -35,7 +35,7 @@ from expunge.pipeline.progress import Reporter, quiet_libraries
 from expunge.pipeline.stages import model_digest
 from expunge.recipe import DataConfig, EvaluateConfig, ModelConfig, Recipe, UnlearnConfig
 from expunge.recipe.model import Thresholds
-from expunge.report.attack_record import NAME, AttackRecord, AttackResult
+from expunge.report.attack_record import NAME, AttackRecord, AttackResult, holds_attack, read_attack
 from expunge.report.attack_record import Subject as AttackedSubject
 from expunge.runs.atomic import replacing, write_json
 from expunge.runs.record import NAME as RUN
@@ -106,7 +106,7 @@ def attack_models(
         raise UserError("attacks run in one process", "start it without accelerate launch or torchrun")
     quiet_libraries()
     output = output.absolute()
-    _check_folder(output)
+    _check_folder(output, subjects[MODEL])
     ground = _prepare(subjects, data, config, seed, limit)
     recipe = Recipe(
         name=RUN_NAME,
@@ -293,13 +293,19 @@ def _write(
     return record
 
 
-def _check_folder(output: Path) -> None:
-    """Raises UserError for the folder of another kind of run."""
+def _check_folder(output: Path, model: ModelConfig) -> None:
+    """Raises UserError for the folder of another kind of run, or of attacks on another model."""
     if not (output / RUN).is_file():
         return
+    elsewhere = "choose another folder with -o"
     name = str(read_record(output / RUN).get("name"))
     if name != RUN_NAME:
-        raise UserError(f"{output} holds the run '{name}', which is no attack", "choose another folder with -o")
+        raise UserError(f"{output} holds the run '{name}', which is no attack", elsewhere)
+    if not holds_attack(output):
+        return
+    attacked = read_attack(output).subjects[MODEL]
+    if attacked.digest != model_digest(resolve_folder(model.id, model.revision)):
+        raise UserError(f"{output} holds the attacks on another model ({attacked.source})", elsewhere)
 
 
 __all__ = ["FORGET", "attack_models", "chosen_attacks", "stored_tensors"]
