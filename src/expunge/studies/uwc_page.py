@@ -224,7 +224,9 @@ def _forest(claims: Sequence[Trend]) -> Forest:
         for one in claims
         if one.value is not None
     ]
-    return Forest(title="Trends", x_name="estimate; above 0 as expected", rows=rows, threshold=0.0, threshold_name="0")
+    return Forest(
+        title="Trends", x_name="estimate; above 0 as expected", rows=rows, threshold=0.0, threshold_name="no effect"
+    )
 
 
 def _claims_table(claims: Sequence[Trend]) -> Table:
