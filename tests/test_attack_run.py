@@ -135,6 +135,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory, knowing: ModelConfig) -
 # ------------------------------------------------------------ the whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS.names())
 def test_every_attack_runs_on_every_subject(name: str, everything: tuple[Path, AttackRecord]) -> None:
     output, record = everything
@@ -159,6 +160,7 @@ def test_every_attack_runs_on_every_subject(name: str, everything: tuple[Path, A
     assert result.before.strengths["model"].value < 0.2
 
 
+@pytest.mark.slow
 def test_the_record_is_what_was_returned(everything: tuple[Path, AttackRecord]) -> None:
     output, record = everything
     assert holds_attack(output)
@@ -175,6 +177,7 @@ def test_the_record_is_what_was_returned(everything: tuple[Path, AttackRecord]) 
     assert reasons.get(("paraphrase", "paraphrases")) == "no forget row can be asked in this way"
 
 
+@pytest.mark.slow
 def test_training_attacks_measure_what_they_did_not_train_on(everything: tuple[Path, AttackRecord]) -> None:
     record = everything[1]
     assert record.attack("relearn").points[0].rows["forget"] == 7
@@ -185,6 +188,7 @@ def test_training_attacks_measure_what_they_did_not_train_on(everything: tuple[P
     assert half.before.strengths["model"].n == half.points[0].rows["forget"]
 
 
+@pytest.mark.slow
 def test_a_second_run_does_nothing_and_says_the_same(
     everything: tuple[Path, AttackRecord], knowing: ModelConfig
 ) -> None:

@@ -139,6 +139,7 @@ def by_transformers(model, tokenizer, rows, limit: int) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
 def test_greedy_texts_are_those_of_transformers(tiny, batch_size):
     model, tokenizer = tiny
