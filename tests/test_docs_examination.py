@@ -147,11 +147,11 @@ def test_every_setting_of_a_command_is_one(command: str) -> None:
     of_attacks = [given for given in overrides_in(command) if given.startswith("attacks.")]
     others = [given for given in overrides_in(command) if given not in of_attacks]
     whole = {"name": "x", "model": "tiny", "data": {"benchmark": "fictitious"}, "unlearn": [{}]}
-    load_recipe(whole, overrides=others)
+    assert not others or load_recipe(whole, overrides=others) != load_recipe(whole)
     for key, value in parse_overrides(of_attacks).items():
         _, name, setting = key.split(".")
         if name in ATTACKS:  # the others are the reader's own
-            build_attack(name, {setting: value})
+            assert setting in vars(build_attack(name, {setting: value}))
 
 
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS.names() if name != "fictitious"])

@@ -107,25 +107,13 @@ def evaluate(
 ) -> Examination:
     """Every metric of a model (and of a reference and a target beside it) on every split of files or a benchmark."""
     _check_eval_overrides(overrides)
-    rows = {"forget": forget, "retain": retain, "holdout": holdout, "template": template, "max_length": max_length}
-    rows |= {"benchmark": benchmark, "folder": folder}
-    given: dict[str, Any] = {"name": "eval", "model": model, "data": rows, "unlearn": [{}]}
-    if suite is not None:
-        given["evaluate"] = {"suite": suite}
-    if reference is not None:
-        given["reference"] = reference
-    recipe = load_recipe(given, overrides=overrides)
-    flags = {"trust_remote_code": recipe.model.trust_remote_code, "allow_pickle": recipe.model.allow_pickle}
-    beside = {
-        "target": None if target is None else ModelConfig(id=target),
-        "model": recipe.model,
-        "reference": recipe.reference,
-    }
+    files = {"forget": forget, "retain": retain, "holdout": holdout, "benchmark": benchmark, "folder": folder}
+    recipe = _question("eval", model, overrides, reference, suite, template=template, max_length=max_length, **files)
     from expunge.pipeline.examine import examine
     from expunge.pipeline.progress import Reporter
 
     found = examine(
-        {name: config.model_copy(update=flags) for name, config in beside.items() if config is not None},
+        _beside(recipe, target),
         recipe.data,
         recipe.evaluate,
         recipe.seed,
@@ -200,24 +188,15 @@ def attack(
     `attacks` are names (those of the suite when None); `limit` is how many rows of each split but forget are measured.
     """
     _check_attack_overrides(overrides)
-    given = parse_overrides(overrides)
-    rows = {"forget": forget, "retain": retain, "holdout": holdout, "template": template, "max_length": max_length}
-    rows |= {"benchmark": benchmark, "folder": folder}
-    tree: dict[str, Any] = {"name": "attack", "model": model, "data": rows, "unlearn": [{}], "reference": reference}
-    recipe = load_recipe(tree, overrides={k: v for k, v in given.items() if not k.startswith("attacks.")})
-    flags = {"trust_remote_code": recipe.model.trust_remote_code, "allow_pickle": recipe.model.allow_pickle}
-    beside = {
-        "model": recipe.model,
-        "target": None if target is None else ModelConfig(id=target),
-        "reference": recipe.reference,
-    }
+    files = {"forget": forget, "retain": retain, "holdout": holdout, "benchmark": benchmark, "folder": folder}
+    recipe = _question("attack", model, overrides, reference, template=template, max_length=max_length, **files)
     from expunge.pipeline.attack import attack_models, chosen_attacks
     from expunge.pipeline.progress import Reporter
 
     record = attack_models(
-        {name: config.model_copy(update=flags) for name, config in beside.items() if config is not None},
+        _beside(recipe, target),
         recipe.data,
-        chosen_attacks(attacks, suite or "standard", _attack_settings(given)),
+        chosen_attacks(attacks, suite or "standard", _attack_settings(overrides)),
         recipe.evaluate,
         recipe.seed,
         Path(output),
@@ -255,29 +234,20 @@ def audit(
     `knows` and `lacks` are further models that hold, or never held, the knowledge; the rest is as for `attack`.
     """
     _check_attack_overrides(overrides)
-    given = parse_overrides(overrides)
-    rows = {"forget": forget, "retain": retain, "holdout": holdout, "template": template, "max_length": max_length}
-    rows |= {"benchmark": benchmark, "folder": folder}
-    tree = {"name": "audit", "model": target, "reference": reference, "data": rows, "unlearn": [{}]}
-    tree["evaluate"] = {"suite": "standard"}
-    recipe = load_recipe(tree, overrides={k: v for k, v in given.items() if not k.startswith("attacks.")})
+    files = {"forget": forget, "retain": retain, "holdout": holdout, "benchmark": benchmark, "folder": folder}
+    recipe = _question(
+        "audit", target, overrides, reference, "standard", template=template, max_length=max_length, **files
+    )
     from expunge.pipeline.attack import chosen_attacks
     from expunge.pipeline.audit import Members, audit_metrics
     from expunge.pipeline.progress import Reporter
 
-    pairs = _named([*zoo, *knows, *lacks])
-    for name, _ in pairs:
-        if [other for other, _ in pairs].count(name) > 1 or not name:
-            raise UserError(f"two checkpoints are called '{name}'", "name them apart: NAME=FOLDER")
-
-    def named(models: Sequence[str]) -> dict[str, ModelConfig]:
-        return {name: recipe.model.model_copy(update={"id": model}) for name, model in _named(models)}
-
+    unlearned, knowing, lacking = _checkpoints(recipe.model, zoo, knows, lacks)
     assert recipe.reference is not None
     document = audit_metrics(
-        Members(named(zoo), recipe.model, recipe.reference, named(knows), named(lacks)),
+        Members(unlearned, recipe.model, recipe.reference, knowing, lacking),
         recipe.data,
-        chosen_attacks(attacks, suite or "standard", _attack_settings(given)),
+        chosen_attacks(attacks, suite or "standard", _attack_settings(overrides)),
         recipe.evaluate,
         recipe.seed,
         Path(output),
@@ -336,10 +306,29 @@ def _recipe(recipe: RecipeLike, overrides: Sequence[str]) -> Recipe:
     return load_recipe(recipe, overrides=overrides)
 
 
+def _question(
+    name: str, model: str, overrides: Sequence[str], reference: str | None, suite: str | None = None, **rows: Any
+) -> Recipe:
+    """A recipe that only asks of models that exist; settings of attacks among the overrides are not its own."""
+    tree: dict[str, Any] = {"name": name, "model": model, "data": rows, "unlearn": [{}], "reference": reference}
+    if suite is not None:
+        tree["evaluate"] = {"suite": suite}
+    own = {key: value for key, value in parse_overrides(overrides).items() if not key.startswith("attacks.")}
+    return load_recipe(tree, overrides=own)
+
+
+def _beside(recipe: Recipe, target: str | None) -> dict[str, ModelConfig]:
+    """The model and the yardsticks that are given, all opened with the same permissions."""
+    flags = {"trust_remote_code": recipe.model.trust_remote_code, "allow_pickle": recipe.model.allow_pickle}
+    given = {"target": None if target is None else ModelConfig(id=target), "model": recipe.model}
+    beside = {**given, "reference": recipe.reference}
+    return {name: config.model_copy(update=flags) for name, config in beside.items() if config is not None}
+
+
 def _check_eval_overrides(overrides: Sequence[str]) -> None:
     """Raises UserError for a field that an evaluation would silently ignore."""
     for key in parse_overrides(overrides):
-        if key.partition(".")[0] in ("name", "prepare", "unlearn", "merge", "thresholds"):
+        if key.partition(".")[0] in ("name", "prepare", "unlearn", "merge", "thresholds", "attacks"):
             raise UserError(
                 f"--set {key}: an evaluation has no use for it",
                 "it reads data.*, evaluate.*, model.*, reference.*, seed",
@@ -356,10 +345,10 @@ def _check_attack_overrides(overrides: Sequence[str]) -> None:
             )
 
 
-def _attack_settings(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _attack_settings(overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
     """`attacks.NAME.KEY` → value, by attack. Raises UserError for another shape."""
     settings: dict[str, dict[str, Any]] = {}
-    for key, value in given.items():
+    for key, value in parse_overrides(overrides).items():
         head, *rest = key.split(".")
         if head != "attacks":
             continue
@@ -380,16 +369,21 @@ def _page(output: str | Path | None) -> None:
         build_page(Path(output))
 
 
-def _named(models: Sequence[str]) -> list[tuple[str, str]]:
-    """(name, model) of `NAME=MODEL` or `MODEL`, which goes by the last part of its path, `model` by the one before."""
-    pairs = []
-    for given in models:
-        name, equals, model = given.partition("=")
-        if not equals:
-            path = Path(given).absolute()
-            name, model = path.parent.name if path.name in ("model", "target", "reference") else path.name, given
-        pairs.append((name, model))
-    return pairs
+def _checkpoints(config: ModelConfig, *groups: Sequence[str]) -> list[dict[str, ModelConfig]]:
+    """Models by name: `NAME=MODEL`, or `MODEL` by the last part of its path. Raises UserError if two share one."""
+    made: list[dict[str, ModelConfig]] = []
+    for models in groups:
+        made.append({})
+        for given in models:
+            name, equals, model = given.partition("=")
+            if not equals:
+                path = Path(given).absolute()
+                # every run calls its result `model`: the folder around it tells them apart
+                name, model = path.parent.name if path.name in ("model", "target", "reference") else path.name, given
+            if not name or any(name in group for group in made):
+                raise UserError(f"two checkpoints are called '{name}'", "name them apart: NAME=FOLDER")
+            made[-1][name] = config.model_copy(update={"id": model})
+    return made
 
 
 def _output(recipe: Recipe, output: str | Path | None) -> Path:

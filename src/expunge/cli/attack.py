@@ -9,15 +9,22 @@ import typer
 
 from expunge.cli.common import (
     AllowPickle,
+    Attacks,
+    AttackSuite,
     Benchmark,
     DataFolder,
+    Forget,
+    Holdout,
     Json,
+    Limit,
     Overrides,
     Reference,
     Retain,
+    Target,
     Template,
     TrustRemoteCode,
     console,
+    listed,
     number,
     only_stderr,
     print_json,
@@ -36,22 +43,16 @@ def attack(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="folder of the tables and of attack.json; resumed if it was begun")
     ],
-    forget: Annotated[str | None, typer.Option("--forget", help="rows that the model should not know")] = None,
+    forget: Forget = None,
     retain: Retain = None,
-    holdout: Annotated[str | None, typer.Option("--holdout", help="rows that it was never trained on")] = None,
-    target: Annotated[str | None, typer.Option("--target", help="the model before unlearning")] = None,
+    holdout: Holdout = None,
+    target: Target = None,
     reference: Reference = None,
-    attacks: Annotated[
-        str | None, typer.Option("--attacks", help="names, e.g. relearn,quantize (expunge list attacks)")
-    ] = None,
+    attacks: Attacks = None,
     benchmark: Benchmark = None,
     folder: DataFolder = None,
-    suite: Annotated[
-        str | None, typer.Option("--suite", help="quick, standard or full: which attacks; standard when absent")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="rows of each split but forget that are measured")
-    ] = None,
+    suite: AttackSuite = None,
+    limit: Limit = None,
     template: Template = "auto",
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -66,7 +67,6 @@ def attack(
 
     flags = {"model.allow_pickle": allow_pickle, "model.trust_remote_code": trust_remote_code}
     overrides = [f"{key}=true" for key, given in flags.items() if given]
-    names = None if attacks is None else [name.strip() for name in attacks.split(",") if name.strip()]
     with only_stderr(json_):
         record = api.attack(
             model,
@@ -76,7 +76,7 @@ def attack(
             holdout=holdout,
             target=target,
             reference=reference,
-            attacks=names,
+            attacks=listed(attacks),
             benchmark=benchmark,
             folder=folder,
             suite=suite,

@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from expunge.cli.common import (
+    Attacks,
+    AttackSuite,
     Benchmark,
     DataFolder,
+    Forget,
+    Holdout,
     Json,
+    Limit,
     Overrides,
     Retain,
     Template,
     console,
+    listed,
     number,
     only_stderr,
     print_json,
@@ -39,20 +45,14 @@ def audit(
     lacks: Annotated[
         list[str] | None, typer.Option("--lacks", help="a further model that never did; several times")
     ] = None,
-    forget: Annotated[str | None, typer.Option("--forget", help="rows that were to be forgotten")] = None,
+    forget: Forget = None,
     retain: Retain = None,
-    holdout: Annotated[str | None, typer.Option("--holdout", help="rows that no model was trained on")] = None,
-    attacks: Annotated[
-        str | None, typer.Option("--attacks", help="names, e.g. relearn,quantize (expunge list attacks)")
-    ] = None,
+    holdout: Holdout = None,
+    attacks: Attacks = None,
     benchmark: Benchmark = None,
     folder: DataFolder = None,
-    suite: Annotated[
-        str | None, typer.Option("--suite", help="quick, standard or full: which attacks; standard when absent")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="rows of each split but forget that are measured")
-    ] = None,
+    suite: AttackSuite = None,
+    limit: Limit = None,
     template: Template = "auto",
     set_: Overrides = None,
     json_: Json = False,
@@ -60,7 +60,6 @@ def audit(
     """Rank metrics: what does each say of many checkpoints before and after attacks, and does it see the knowledge?"""
     from expunge import api
 
-    names = None if attacks is None else [name.strip() for name in attacks.split(",") if name.strip()]
     with only_stderr(json_):
         document = api.audit(
             zoo,
@@ -72,7 +71,7 @@ def audit(
             forget=forget,
             retain=retain,
             holdout=holdout,
-            attacks=names,
+            attacks=listed(attacks),
             benchmark=benchmark,
             folder=folder,
             suite=suite,

@@ -26,6 +26,16 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="folder of t
 Template = Annotated[str, typer.Option("--template", help="auto, chat, raw, or text with {prompt} and {answer}")]
 Reference = Annotated[str | None, typer.Option("--reference", help="a model that never saw the forget rows")]
 Retain = Annotated[str | None, typer.Option("--retain", help="rows to keep", show_default=False)]
+Forget = Annotated[str | None, typer.Option("--forget", help="rows that the model should not know")]
+Holdout = Annotated[str | None, typer.Option("--holdout", help="rows that no model was trained on")]
+Target = Annotated[str | None, typer.Option("--target", help="the model before unlearning")]
+Attacks = Annotated[str | None, typer.Option("--attacks", help="names, e.g. relearn,quantize (expunge list attacks)")]
+AttackSuite = Annotated[
+    str | None, typer.Option("--suite", help="quick, standard or full: which attacks; standard when absent")
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=1, help="rows of each split but forget that are measured under attack")
+]
 Benchmark = Annotated[
     str | None, typer.Option("--benchmark", help="rows of a benchmark, e.g. tofu:forget10 (expunge list benchmarks)")
 ]
@@ -37,6 +47,11 @@ AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="accept .bin w
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the checkpoint")]
 
 _WIDE = 160  # columns where no terminal says how many it has: tables in files and pipes are not squeezed
+
+
+def listed(names: str | None) -> list[str] | None:
+    """Names that are parted by commas; None where none are given."""
+    return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
 
 
 def console(stderr: bool = False) -> Console:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,22 +12,24 @@ from numpy.typing import NDArray
 from expunge.metrics.base import METRICS, Resampling, Statistic, Values, bootstrap_means, example_ids, metric
 from expunge.recipe.conventions import EXPUNGE, Convention
 
-_PAPER = "arXiv:2502.19207"
+_SETTINGS: dict[str, Any] = {
+    "needs": ("scores", "forget:scores"),
+    "range": (-1, 1),
+    "unit": "difference of extraction strength",
+    "paper": "arXiv:2502.19207",
+    "learnt": None,
+    "roles": ("retain",),
+    "anchors": False,
+    "per_example": False,
+    "good": {"retain": "higher"},
+}
 
 
 @metric(
     "neighbour_gap",
     summary="extraction strength of kept rows about someone of whom other rows are to be forgotten, minus that of the "
     "other kept rows",
-    needs=("scores", "forget:scores"),
-    range=(-1, 1),
-    unit="difference of extraction strength",
-    paper=_PAPER,
-    learnt=None,
-    roles=("retain",),
-    anchors=False,
-    per_example=False,
-    good={"retain": "higher"},
+    **_SETTINGS,
 )
 def neighbour_gap(
     table: pa.Table, forget: pa.Table, convention: Convention = EXPUNGE, resampling: Resampling = Resampling()
@@ -41,15 +44,7 @@ def neighbour_gap(
     "same_answer_gap",
     summary="extraction strength of kept rows that have the same answer as a row to be forgotten, minus that of the "
     "other kept rows",
-    needs=("scores", "forget:scores"),
-    range=(-1, 1),
-    unit="difference of extraction strength",
-    paper=_PAPER,
-    learnt=None,
-    roles=("retain",),
-    anchors=False,
-    per_example=False,
-    good={"retain": "higher"},
+    **_SETTINGS,
 )
 def same_answer_gap(
     table: pa.Table, forget: pa.Table, convention: Convention = EXPUNGE, resampling: Resampling = Resampling()
