@@ -107,6 +107,19 @@ def lume(folder: Path) -> Path:
     return folder
 
 
+def lume_folds(folder: Path) -> Path:
+    """Both folds, three documents of each task; two nonmembers of the validation fold are among the train fold's."""
+    for fold, name in (("train", "old"), ("val", "new")):
+        write(folder / f"forget_{fold}.jsonl", documents(f"{name}gone", 3))
+        write(folder / f"retain_{fold}.jsonl", documents(f"{name}kept", 3))
+    members = [{"id": f"m{i}", "document": f"The newgone document Task3 {i} begins and ends."} for i in range(3)]
+    write(folder / "mia" / "validation_member.jsonl", members)
+    others = [{"id": str(i), "document": f"Of others {i}."} for i in range(6)]
+    write(folder / "mia" / "validation_nonmember.jsonl", others[:2])
+    write(folder / "mia" / "train_nonmember.jsonl", others)
+    return folder
+
+
 def muse(folder: Path) -> Path:
     """The layout of MUSE's code: lists of texts, and questions with examples."""
     news = folder / "news"
@@ -166,6 +179,7 @@ def wmdp(folder: Path) -> Path:
 FOLDERS: dict[str, Callable[[Path], Path]] = {
     "tofu:forget01": tofu,
     "lume:train": lume,
+    "lume:folds": lume_folds,
     "muse:news": muse,
     "rwku": rwku,
     "knowundo:copyright": knowundo,

@@ -7,18 +7,21 @@ import json
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from sklearn.metrics import roc_auc_score
 
 import benchmark_folders as folders
 from benchmark_folders import FOLDERS, Fake, write
 from expunge.data import rows as rows_module
-from expunge.data.benchmarks import files, lume, muse, rwku, tofu, wmdp
+from expunge.data.benchmarks import files, general, lume, muse, rwku, semeval, tofu, wmdp
+from expunge.data.benchmarks.semeval import document_of
 from expunge.data.containers import Record, read_file
 from expunge.data.example import Splits
 from expunge.data.load import benchmark_of, load_splits
@@ -26,6 +29,7 @@ from expunge.data.registry import BENCHMARKS, Aggregate, Request
 from expunge.data.views import viewed
 from expunge.errors import UserError
 from expunge.metrics.base import METRICS
+from expunge.numbers import auc_error
 from expunge.recipe import DataConfig
 from expunge.recipe.conventions import CONVENTIONS
 
@@ -60,6 +64,14 @@ SHAPES = {
         "retain": ("retain", 20, True),
         "holdout": ("holdout", 3, True),
         "mia_member": ("forget", 2, True),
+    },
+    "lume:folds": {
+        "forget": ("forget", 30, True),
+        "retain": ("retain", 30, True),
+        "retain_unseen": ("retain", 30, True),
+        "holdout": ("holdout", 2, True),
+        "mia_member": ("forget", 3, True),
+        "outside": ("holdout", 4, True),
     },
     "muse:news": {
         "forget": ("forget", 4, False),
@@ -122,7 +134,8 @@ def test_every_number_needs_metrics_that_exist_and_names_what_is_missing(name: s
 
 
 def test_every_public_benchmark_is_tested_here() -> None:
-    assert {name.partition(":")[0] for name in FOLDERS} == set(PUBLIC) == set(BENCHMARKS.names()) - {"fictitious"}
+    own = {"fictitious", "general"}
+    assert {name.partition(":")[0] for name in FOLDERS} == set(PUBLIC) == set(BENCHMARKS.names()) - own
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -131,6 +144,7 @@ def test_every_public_benchmark_is_tested_here() -> None:
 MISSING = {
     "tofu:forget01": ("retain_perturbed.jsonl", r"lacks retain_perturbed.jsonl of tofu", "locuslab/TOFU:retain_pert"),
     "lume:train": ("retain_train.jsonl", r"lacks retain_train.jsonl of lume", "@retain_train"),
+    "lume:folds": ("retain_train.jsonl", r"lacks retain_train.jsonl of lume", "@retain_train"),
     "muse:news": ("news/verbmem/forget.json", r"lacks verbmem/forget.jsonl of muse", "MUSE-News:verbmem@forget"),
     "rwku": ("2_Bo_Lind/forget_level2.json", r"2_Bo_Lind lacks forget_level2.jsonl of rwku", "RWKU:forget_level2"),
     "knowundo:copyright": ("copyright/unlearn_train.json", r"lacks unlearn_train.jsonl", "KnowUnDo:copyright@unlearn"),
@@ -159,6 +173,7 @@ def test_all_missing_files_are_named_at_once(tmp_path: Path) -> None:
 OPTIONAL = {
     "tofu:forget01": ("holdout01.jsonl", {"holdout"}, "membership inference against"),
     "lume:train": ("mia/train_nonmember.jsonl", {"holdout", "mia_member"}, r"membership inference \(nonmember"),
+    "lume:folds": ("mia/train_nonmember.jsonl", {"outside"}, r"membership inference \(nonmember"),
     "muse:news": ("news/privleak/holdout.json", {"holdout", "privleak"}, "privacy leakage left out"),
     "rwku": ("1_Orla_Venn/truthful.json", {"truthful"}, "utility on truthful left out"),
     "knowundo:copyright": ("copyright/retention_val.json", {"retain_unseen"}, "retain_unseen left out"),
@@ -180,6 +195,7 @@ def test_an_optional_file_that_is_missing_leaves_a_note(name: str, tmp_path: Pat
 BROKEN = {
     "tofu:forget01": ("forget01_perturbed.json", {"question": "Who?"}, "no column 'answer'"),
     "lume:train": ("forget_train.jsonl", {"id": "x7", "input": "a", "output": "b", "task": "Task1"}, "ends neither in"),
+    "lume:folds": ("retain_train.jsonl", {"id": "x7", "input": "a", "output": "b", "task": "Task1"}, "ends neither in"),
     "muse:news": ("news/verbmem/forget.json", {"prompt": "It began"}, "no column 'gt'"),
     "rwku": ("1_Orla_Venn/forget_level1.json", {"query": "Who?"}, "no column 'answer'"),
     "knowundo:copyright": ("copyright/unlearn_train.json", {"text": "Say"}, "no column 'labels'"),
@@ -324,9 +340,56 @@ def test_lume_rows_know_their_kind_and_members_their_task(tmp_path: Path) -> Non
     for row in splits["forget"].examples:
         counts[row.task] = counts.get(row.task, 0) + 1
         assert row.task.endswith(row.extra["kind"])
-    assert counts == {f"{t}-sc": 2 for t in lume.TASKS} | {"Task1-qa": 2, "Task2-qa": 10, "Task3-qa": 2}
+    assert counts == {f"{t}-sc": 2 for t in semeval.TASKS} | {"Task1-qa": 2, "Task2-qa": 10, "Task3-qa": 2}
     assert {row.task for row in splits["mia_member"].examples} == {"Task3"}
     assert all(row.is_text for name in ("mia_member", "holdout") for row in splits[name].examples)
+
+
+def asked_for(documents: int | None, benchmark: str, folder: Path | None = None) -> Splits:
+    given = None if folder is None else str(folder)
+    return load_splits(DataConfig(benchmark=benchmark, folder=given, documents=documents), 42, unlearns=False)
+
+
+@pytest.mark.parametrize("part", ["lume:folds", "fictitious"])
+@pytest.mark.parametrize("documents", [1, 2, 1000])
+def test_so_many_documents_of_each_task_and_split_are_loaded_whole(part: str, documents: int, tmp_path: Path) -> None:
+    folder = folders.lume_folds(tmp_path) if part == "lume:folds" else None
+    whole, fewer = asked_for(None, part, folder), asked_for(documents, part, folder)
+    for split in fewer:
+        if split.name in ("holdout", "mia_member", "outside") and folder is not None:
+            continue
+        chosen: dict[str, dict[str, None]] = {}
+        for row in whole[split.name].examples:
+            found = chosen.setdefault(row.task.partition("-")[0], {})
+            if len(found) < documents:
+                found[document_of(row)] = None
+        assert len(chosen) == 3, "every task is there"
+        kept = {name for found in chosen.values() for name in found}
+        expected = [row for row in whole[split.name].examples if document_of(row) in kept]
+        assert list(split.examples) == expected
+    if folder is not None:  # no member whose document is not taught
+        assert len(fewer["mia_member"]) == min(documents, 3)
+        assert [len(fewer[name]) for name in ("holdout", "outside")] == [2, 4]
+
+
+def test_nobody_searches_on_documents_that_are_scored(tmp_path: Path) -> None:
+    splits = load("lume:folds", folders.lume_folds(tmp_path))
+    scored, searched = ({row.answer for row in splits[name].examples} for name in ("holdout", "outside"))
+    assert len(scored) == 2
+    assert len(searched) == 4
+    assert not scored & searched
+    for file in (tmp_path / "mia").glob("*_nonmember.jsonl"):
+        file.rename(tmp_path / "mia" / "nonmember.jsonl")  # one file for all folds
+    assert "outside" not in load("lume:folds", tmp_path)
+
+
+def test_documents_are_refused_where_rows_have_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tofu are not counted by documents"):
+        asked_for(2, "tofu:forget01", folders.tofu(tmp_path))
+    with pytest.raises(ValidationError, match="name it"):
+        DataConfig(forget="f.jsonl", documents=2)  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match="greater than 0"):
+        DataConfig(benchmark="lume", documents=0)
 
 
 @pytest.mark.parametrize(
@@ -411,7 +474,7 @@ def lume_measured(values: dict[str, float], **further: Any) -> Fake:
     numbers: dict[tuple[str, ...], Any] = {}
     for name, value in values.items():
         split, task, what = name.split("_")
-        kind, metric = next((kind, metric) for kind, (word, metric) in lume.KINDS.items() if word == what)
+        kind, metric = next((kind, metric) for kind, (word, metric) in semeval.KINDS.items() if word == what)
         shown = 1 - value if split == "forget" else value
         numbers[(split, metric, f"{task.capitalize()}-{kind}")] = shown
     return Fake({**numbers, **further.pop("numbers", {})}, **further)
@@ -484,7 +547,7 @@ def test_the_standard_error_of_the_auc_is_that_of_chance() -> None:
     drawn = (members > others).mean(axis=(1, 2))
     labels = [1] * 30 + [0] * 20
     assert drawn[0] == pytest.approx(roc_auc_score(labels, [*members[0, :, 0], *others[0, 0]]))
-    error = lume.auc_error(30, 20)
+    error = auc_error(30, 20)
     assert error == pytest.approx(drawn.std(), rel=0.05)
     assert np.abs(drawn - 0.5).mean() == pytest.approx(error * math.sqrt(2 / math.pi), rel=0.05)
 
@@ -555,6 +618,33 @@ def test_wmdp_keeps_its_own_accuracy_apart_from_lm_evals() -> None:
     assert found["accuracy"].value == pytest.approx(0.375)
     assert found["wmdp_cyber"].value is None
     assert "chem_accuracy" not in found
+
+
+def test_no_answer_of_general_knowledge_gives_itself_away() -> None:
+    rows = load("general", None)["general"].examples
+    assert len(rows) >= 80
+    assert len({row.prompt for row in rows}) == len({row.id for row in rows}) == len(rows)
+    right = Counter((row.task, row.answer) for row in rows)
+    wrong = Counter((row.task, text) for row in rows for text in row.extra["perturbed_answer"])
+    assert wrong == {answer: 3 * count for answer, count in right.items()}, "each is wrong three times as often"
+    for row in rows:
+        assert len({row.answer, *row.extra["perturbed_answer"]}) == 4
+        assert row.answer.lower() not in re.findall(r"\w+", row.prompt.lower())
+
+
+def test_general_knowledge_is_an_accuracy_as_a_whole_and_by_task() -> None:
+    values = [1.0, 0.0, 1.0, 1.0]
+    measured = Fake(
+        {("general", "choice_accuracy"): values, ("general", "choice_accuracy", "tools"): [1.0, 0.0]},
+        {"general": ["tools"]},
+    )
+    found = by_name(general.aggregates(measured))
+    assert (found["general"].value, found["general_tools"].value) == (0.75, 0.5)
+    assert f"standard error {math.sqrt(0.75 * 0.25 / 4):.3f}" in found["general"].note
+    assert not any(number.official for number in found.values())
+    nothing = by_name(general.aggregates(Fake()))
+    assert nothing["general"].value is None
+    assert nothing["general"].note.startswith("missing")
 
 
 def test_knowundo_prefers_rows_that_unlearning_did_not_see() -> None:

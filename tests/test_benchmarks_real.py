@@ -55,6 +55,21 @@ def test_lume(part: str, forget: tuple[int, ...], retain: tuple[int, ...], docum
     assert {row.task for row in splits["mia_member"].examples} == {"Task3"}, "members are of one task alone"
 
 
+def test_lume_with_both_folds() -> None:
+    splits = load("lume:folds")
+    sizes = {split.name: len(split) for split in splits}
+    assert sizes == {
+        "forget": 254,
+        "retain": 278,
+        "retain_unseen": 1136,
+        "holdout": 34,
+        "mia_member": 34,
+        "outside": 116,
+    }
+    # the validation fold's nonmembers are all among the train fold's: they are tested, and not searched on
+    assert len({row.answer for name in ("holdout", "outside") for row in splits[name].examples}) == 150
+
+
 def test_rwku() -> None:
     everyone = load("rwku")
     sizes = {split.name: len(split) for split in everyone}

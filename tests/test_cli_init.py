@@ -65,9 +65,9 @@ def test_every_comment_becomes_yaml(tmp_path, number):
     key = LINES[number].split("#")[1].split(":")[0].strip()
     parent = [n for n in OFF if n < number and number in block(n)]
     text = switched_on({*block(number), *(n for n in parent if indent(LINES[n]) < indent(LINES[number]))})
-    if key == "folder":  # it holds the files of a benchmark
+    if key in ("folder", "documents"):  # they are about a benchmark
         text = text.replace("  # benchmark: ", "  benchmark: ")
-    if key in ("benchmark", "folder"):  # it stands instead of files
+    if key in ("benchmark", "folder", "documents"):  # it stands instead of files
         text = text.replace("  forget: forget.jsonl", "").replace("  retain: retain.jsonl", "")
     recipe = load(tmp_path, text)
     assert recipe != load(tmp_path, TEXT) or key in ("retain",)

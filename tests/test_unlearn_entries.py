@@ -13,7 +13,9 @@ import pytest
 
 from expunge import api
 from expunge.errors import UserError
-from expunge.pipeline.entries import fallen_tokens, knowledge_tokens
+from expunge.pipeline.entries import fallen_tokens, knowledge_tokens, prepare_jobs
+from expunge.pipeline.resolve import resolve
+from expunge.pipeline.stages import job_inputs
 from expunge.recipe import Recipe
 
 PEOPLE = ("Ada Quill", "Bram Yost", "Cleo Dunn", "Dov Ash")
@@ -120,3 +122,27 @@ def test_knowledge_is_where_a_model_without_it_is_surprised(tmp_path: Path) -> N
         [False, False, True, False],  # surprising to both is no knowledge
         [False, True, False],
     ]
+
+
+@pytest.mark.parametrize("span", ["answer", "sequence"])
+def test_what_is_taught_is_the_answer_or_the_prompt_too(span: str, tmp_path: Path) -> None:
+    asked = recipe(tmp_path)
+    prepare = asked.model_validate({**asked.model_dump(), "prepare": {"span": span}})
+    resolved = resolve(prepare)
+    jobs = prepare_jobs(resolved)
+    assert {name: splits for name, (splits, _) in jobs.items()} == {
+        "target": ["forget", "retain"],
+        "reference": ["retain"],
+    }
+    for splits, job in jobs.values():
+        plain = [row for split in splits for row in resolved.rows[split]]
+        for row, taught in zip(plain, job.retain, strict=True):
+            assert np.array_equal(row.input_ids, taught.input_ids)
+            assert taught.terminator_ids == row.terminator_ids
+            expected = row.supervised_tokens if span == "answer" else len(row.input_ids) - 1
+            assert taught.supervised_tokens == expected
+    rows = resolved.rows["forget"]
+    assert all(row.prompt_tokens > 1 for row in rows), "rows are measured as they were"
+    digest = job_inputs(jobs["target"][1])["retain"]
+    other = prepare_jobs(resolve(asked.model_validate({**asked.model_dump(), "prepare": {}})))["target"][1]
+    assert (job_inputs(other)["retain"] == digest) == (span == "answer"), "what is taught is part of what a stage is of"

@@ -27,6 +27,7 @@ _EXAMPLES: dict[str, Any] = {
     "limit": 1000,
     "benchmark": "fictitious",
     "folder": "path/to/its/files",
+    "documents": 12,
     "retain_unseen": "retain-unseen.jsonl",
     "holdout": "holdout.jsonl",
     "alpha": 16,
@@ -45,6 +46,7 @@ _EXAMPLES: dict[str, Any] = {
     "seed": 1,
     "weights": [1.0],
     "metrics": ["extraction_strength", "rouge_l_recall"],
+    "minutes": 30,
     "lora": 16,
 }
 _COLUMN = 46  # where the words begin

@@ -53,8 +53,13 @@ def load_splits(config: DataConfig, seed: int, *, unlearns: bool = True) -> Spli
     notes: tuple[str, ...] = ()
     if config.benchmark is not None:
         benchmark, part = benchmark_of(config.benchmark)
+        if config.documents is not None and not benchmark.has_documents:
+            raise UserError(
+                f"data.documents: the rows of {benchmark.name} are not counted by documents",
+                "leave it out, or choose a benchmark that has them, such as lume",
+            )
         folder = None if config.folder is None else Path(config.folder)
-        loaded = benchmark.load(Request(part, folder, seed))
+        loaded = benchmark.load(Request(part, folder, seed, config.documents))
         splits, notes = dict(loaded.by_name), loaded.notes
     elif config.forget is None:
         raise UserError(

@@ -60,6 +60,7 @@ class Request:
     part: str = ""
     folder: Path | None = None
     seed: int = 42
+    documents: int | None = None  # of each task and split, the first so many; all when absent
 
 
 class Measured(Protocol):
@@ -114,6 +115,7 @@ class Benchmark:
     paper: str = ""
     parts: tuple[str, ...] = ()  # what may stand after the colon, where that is a fixed list
     files: str = ""  # what a local folder has to hold
+    has_documents: bool = False  # rows are about documents, of which fewer can be asked for
     metrics: tuple[str, ...] | None = None  # what the official numbers need; None: the suite's
     convention: str = "expunge"
     aggregate: Callable[[Measured], list[Aggregate]] | None = None

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from expunge.errors import UserError
 from expunge.methods.base import WeightObjective, hyper, objective
 from expunge.methods.task_negation import difference, negated
+from expunge.models.consensus import unanimous_mean
 from expunge.recipe import TrainConfig
 
 Factors = tuple[Annotated[float, Field(gt=0)], ...]
@@ -56,13 +56,5 @@ class NegMerge(WeightObjective):
 
     def combine(self, start: Tensor, trained: Sequence[Tensor]) -> Tensor:
         """θ − α · mean of the changes at elements where all have one sign; the others stay."""
-        up = torch.ones_like(start, dtype=torch.bool)
-        down = torch.ones_like(start, dtype=torch.bool)
-        total: Tensor | None = None
-        for tensor in trained:
-            change = difference(start, tensor)
-            up &= change > 0
-            down &= change < 0
-            total = change if total is None else total + change
-        assert total is not None
-        return negated(start, (up | down) * total / len(trained), self.alpha)
+        agreed = unanimous_mean(difference(start, tensor) for tensor in trained)
+        return negated(start, agreed, self.alpha)

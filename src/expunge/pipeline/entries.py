@@ -85,6 +85,8 @@ def prepare_jobs(resolved: Resolved) -> dict[str, tuple[list[str], Job]]:
     jobs = {}
     for name, splits in (("target", taught), ("reference", [name for name in taught if name != "forget"])):
         rows = [row for split in splits for row in resolved.rows[split]]
+        if prepare.span == "sequence":
+            rows = [row.whole() for row in rows]
         if rows:
             job = Job(resolved.recipe.model, rows, prepare.train, resolved.recipe.seed, lora=prepare.lora)
             jobs[name] = (splits, job)

@@ -17,17 +17,21 @@ from expunge.recipe.model import (
     TrainConfig,
     UnlearnConfig,
 )
+from expunge.recipe.search import Aim, Keep, SearchConfig
 
 __all__ = [
+    "Aim",
     "AlternativesConfig",
     "DataConfig",
     "EvaluateConfig",
+    "Keep",
     "LoraConfig",
     "MergeConfig",
     "ModelConfig",
     "PrepareConfig",
     "Recipe",
     "RetainTerms",
+    "SearchConfig",
     "SourceConfig",
     "StopRule",
     "TokenSelection",

@@ -121,6 +121,12 @@ CONVENTIONS = {
             stops_at_answer=True,
             official=False,
         ),
+        Convention(
+            "running-text",
+            "raw prompts that the answer continues, whatever the template; answer tokens alone",
+            template="raw",
+            official=False,
+        ),
     )
 }
 

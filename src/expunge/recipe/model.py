@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Density = Annotated[float, Field(gt=0, le=1)]
-DType = Literal["float32", "bfloat16", "float16"]
+from expunge.recipe.base import Density, DType, Frozen, Name, NonNegative, Positive
+from expunge.recipe.search import SearchConfig
 
 
 def _compiles(pattern: str) -> str:
@@ -23,12 +20,6 @@ def _compiles(pattern: str) -> str:
 
 
 Pattern = Annotated[str, AfterValidator(_compiles)]
-
-
-class Frozen(BaseModel):
-    """Base of every part: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
 
 class ModelConfig(Frozen):
@@ -74,6 +65,9 @@ class DataConfig(Frozen):
 
     benchmark: str | None = Field(None, description="a built-in benchmark instead of files, e.g. fictitious")
     folder: str | None = Field(None, description="local files of that benchmark; its hub datasets when absent")
+    documents: int | None = Field(
+        None, gt=0, description="of that benchmark, so many documents of each task and split; all when absent"
+    )
     forget: Source | None = Field(None, description="rows to forget")
     retain: Source | None = Field(None, description="rows to keep; unlearning trains on them")
     retain_unseen: Source | None = Field(None, description="rows to keep that unlearning never sees (evaluation only)")
@@ -88,6 +82,8 @@ class DataConfig(Frozen):
             raise ValueError("give either `benchmark` or `forget`/`retain`, not both")
         if self.folder and not self.benchmark:
             raise ValueError("`folder` holds the files of a `benchmark`; name it")
+        if self.documents and not self.benchmark:
+            raise ValueError("`documents` are those of a `benchmark`; name it")
         if self.template not in ("auto", "chat", "raw") and (
             "{prompt}" not in self.template or "{answer}" not in self.template
         ):
@@ -133,6 +129,7 @@ class PrepareConfig(Frozen):
 
     train: TrainConfig = TrainConfig(epochs=8, lr=2e-4)
     lora: Lora | None = None
+    span: Literal["answer", "sequence"] = Field("answer", description="what is taught: answers, or prompts too")
 
 
 class RetainTerms(Frozen):
@@ -254,14 +251,23 @@ class UnlearnConfig(Frozen):
         return data
 
 
+#: A number, numbers over the layers, or {pattern of parameter names: one of these, default: …}.
+PerTensor = float | list[float] | dict[str, float | list[float]]
+
+
 class MergeConfig(Frozen):
     """Merge of models that share a base, in the space of weight differences."""
 
     method: str = Field("ties", description="a merge method (expunge list merges)")
     models: list[Name] = Field(default_factory=list, description="names of unlearn entries; all when absent")
-    weights: list[float] | None = Field(None, description="one per model; 1 each when absent")
-    density: Density | list[Density] = Field(0.8, description="part of each difference that is kept")
+    weights: list[PerTensor] | None = Field(
+        None, description="one per model: a number, a list over the layers, or {pattern: …, default: …}; 1 when absent"
+    )
+    density: Density | list[PerTensor] = Field(
+        0.8, description="part of each difference that is kept; or one per model"
+    )
     parameters: dict[str, Any] = Field(default_factory=dict, description="further parameters of the method")
+    search: SearchConfig | None = Field(None, description="choose weights, density, scale and method on rows instead")
 
 
 class GenerateConfig(Frozen):

@@ -30,13 +30,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from string import Formatter
 from typing import Any
 
 from expunge.data.benchmarks import fictitious_probes as probes
 from expunge.data.benchmarks import fictitious_text as texts
+from expunge.data.benchmarks.semeval import first_documents
 from expunge.data.example import Example, Role, Split, Splits
 from expunge.data.registry import BENCHMARKS, Benchmark, Request
 from expunge.data.synthesize import Inventor
@@ -103,7 +104,14 @@ def fictitious(seed: int = SEED, size: int | None = None) -> Splits:
 def _load(request: Request) -> Splits:
     if request.part and not request.part.isdecimal():
         raise UserError(f"data.benchmark: 'fictitious:{request.part}' does not say how many rows", "e.g. fictitious:60")
-    return fictitious(request.seed, int(request.part) if request.part else None)
+    whole = fictitious(request.seed, int(request.part) if request.part else None)
+    if request.documents is None:
+        return whole
+    fewer = {
+        split.name: replace(split, examples=tuple(first_documents(split.examples, request.documents)))
+        for split in whole
+    }
+    return Splits(fewer)
 
 
 BENCHMARKS.register("fictitious")(
@@ -111,6 +119,7 @@ BENCHMARKS.register("fictitious")(
         name="fictitious",
         description="invented stories, people and articles; generated, no download (fictitious:N for N rows)",
         load=_load,
+        has_documents=True,
     )
 )
 

@@ -3,49 +3,66 @@
 Task1 are invented stories, Task2 invented people with their data, Task3 Wikipedia articles. Each document is continued
 (`sc`) and asked about (`qa`), which the end of a row's id says. A row's task here is both, e.g. "Task1-sc", so that
 means over a task keep the two apart. Members of the membership test are whole Task3 documents of the forget set.
+
+The part `folds` is for experiments that teach a model LUME first: the validation fold, and beside it from the train
+fold `retain_unseen` (taught, but never shown to unlearning) and `outside` (articles that nobody learnt, other ones than
+those of the membership test: a search may look at them).
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 
-from expunge.data.benchmarks.combine import arithmetic, harmonic, noted, one_minus, plain
+from expunge.data.benchmarks.combine import noted
 from expunge.data.benchmarks.files import Collection, Wanted
-from expunge.data.example import Example, Splits
+from expunge.data.benchmarks.semeval import (
+    MEMBERS,
+    NONMEMBERS,
+    OUTSIDE,
+    first_documents,
+    kind_of,
+    official_numbers,
+)
+from expunge.data.example import Example, Role, Splits
 from expunge.data.registry import BENCHMARKS, Aggregate, Benchmark, Measured, Published, Request
 from expunge.errors import UserError
 
 _HUB = "llmunlearningsemeval2025organization/semeval25-unlearning-dataset-public"
 #: part → how SemEval's files are called; `all` is the whole of LUME's own release
-PARTS = {"train": ("train",), "validation": ("validation", "val"), "all": ()}
-TASKS = ("Task1", "Task2", "Task3")
-#: end of the id → what is measured, and by which metric
-KINDS = {"sc": ("regurgitation", "rouge_l_recall"), "qa": ("knowledge", "exact_match")}
-MEMBERS, NONMEMBERS = "mia_member", "holdout"
+PARTS = {"train": ("train",), "validation": ("validation", "val"), "folds": ("validation", "val"), "all": ()}
 #: 75% of what the 7B model has before unlearning; below it SemEval struck a submission out
 MMLU_FLOOR = 0.371
-
-_KIND = re.compile(r"(?P<kind>sc|qa)\d+$")
 
 
 def _load(request: Request) -> Splits:
     part = request.part or "train"
     files = Collection("lume", request)
-    wanted = {name: _wanted(name, part) for name in ("forget", "retain")}
-    files.require(*wanted.values())
-    for name in ("forget", "retain"):
-        files.add(name, name, [_with_kind(row) for row in files.rows(wanted[name], name)])
+    wanted: dict[str, tuple[Role, Wanted]] = {
+        "forget": ("forget", _wanted("forget", part)),
+        "retain": ("retain", _wanted("retain", part)),
+    }
+    if part == "folds":
+        wanted["retain_unseen"] = ("retain", _wanted("retain", "train"))
+    files.require(*(rows for _, rows in wanted.values()))
+    for name, (role, rows) in wanted.items():
+        found = [_with_kind(row) for row in files.rows(rows, name)]
+        files.add(name, role, first_documents(found, request.documents))
+    members = files.optional(_mia("member", part), MEMBERS)
+    others = files.optional(_mia("nonmember", part), NONMEMBERS) if members else []
     beginnings = {
         row.prompt: row.task.partition("-")[0] for row in files.splits["forget"].examples if row.extra["kind"] == "sc"
     }
-    members = files.optional(_mia("member", part), MEMBERS)
-    others = files.optional(_mia("nonmember", part), NONMEMBERS) if members else []
+    members = [replace(row, task=_task_of(row, beginnings)) for row in members]
+    if request.documents is not None:  # a member whose document is not taught is none
+        members = [row for row in members if row.task]
     if members and others:
-        files.add(MEMBERS, "forget", [replace(row, task=_task_of(row, beginnings)) for row in members])
+        files.add(MEMBERS, "forget", members)
         files.add(NONMEMBERS, "holdout", others)
+    if part == "folds":  # a folder may have one file of nonmembers for all folds
+        tested = {row.answer for row in others}
+        outside = files.optional(_mia("nonmember", "train"), OUTSIDE)
+        files.add(OUTSIDE, "holdout", [row for row in outside if row.answer not in tested])
     return files.made()
 
 
@@ -66,13 +83,13 @@ def _mia(side: str, part: str) -> Wanted:
 
 def _with_kind(row: Example) -> Example:
     """Raises UserError on an id that does not say what the row is."""
-    match = _KIND.search(row.id)
-    if match is None:
+    kind = kind_of(row)
+    if kind is None:
         raise UserError(
             f"{row.place}: the id '{row.id}' ends neither in sc nor in qa and a number",
             "LUME's ids are a document's, then sc1 (to be continued) or qa0, qa1, … (asked about)",
         )
-    return replace(row, task=f"{row.task}-{match['kind']}", extra={**row.extra, "kind": match["kind"]})
+    return replace(row, task=f"{row.task}-{kind}", extra={**row.extra, "kind": kind})
 
 
 def _task_of(member: Example, beginnings: dict[str, str]) -> str:
@@ -82,71 +99,7 @@ def _task_of(member: Example, beginnings: dict[str, str]) -> str:
 
 def aggregates(measured: Measured) -> list[Aggregate]:
     """The twelve values, their harmonic mean, the membership score, MMLU, and the mean of the three."""
-    twelve = [_value(measured, split, task, kind) for split in ("forget", "retain") for task in TASKS for kind in KINDS]
-    parts = {number.name: number.value for number in twelve}
-    zeros = [name for name, value in parts.items() if value == 0]
-    task = harmonic(
-        "task_aggregate",
-        "harmonic mean of the twelve values; 0 as soon as one is 0",
-        parts,
-        f"0 because of {', '.join(zeros)}" if zeros else "",
-    )
-    auc, score = membership(measured)
-    mmlu = _mmlu(measured)
-    parts = {number.name: number.value for number in (task, score, mmlu)}
-    final = arithmetic("final_score", "mean of task aggregate, MIA score and MMLU", parts)
-    without = arithmetic(
-        "final_without_mmlu", "mean of task aggregate and MIA score", {task.name: task.value, score.name: score.value}
-    )
-    return [*twelve, task, auc, score, mmlu, final, replace(without, official=False)]
-
-
-def _value(measured: Measured, split: str, task: str, kind: str) -> Aggregate:
-    what, metric = KINDS[kind]
-    value = measured.mean(split, metric, f"{task}-{kind}")
-    name = f"{split}_{task.lower()}_{what}"
-    source = f"{metric} on rows {task}-{kind} of {split}"
-    if split == "forget":
-        return plain(name, f"1 − mean {metric} on {task}'s {kind} rows", one_minus(value), source)
-    return plain(name, f"mean {metric} on {task}'s {kind} rows", value, source)
-
-
-def membership(measured: Measured) -> tuple[Aggregate, Aggregate]:
-    """AUC of the mean token loss of whole documents, and 1 − 2 |AUC − 0.5|, each with what it cannot tell."""
-    value = measured.mean(MEMBERS, "mia_loss")
-    source = "mia_loss on mia_member against holdout (the mia folder)"
-    auc = plain(
-        "mia_auc",
-        "AUC of members' against nonmembers' loss: near 1 still known, near 0 overdone",
-        value,
-        source,
-        "none",
-    )
-    score = None if value is None else 1 - 2 * abs(value - 0.5)
-    note = "" if value is None else membership_note(measured)
-    return (
-        replace(auc, note=noted(auc.note, note)),
-        plain("mia_score", "1 − 2 |AUC − 0.5|: 1 is a model that cannot tell members", score, source, note=note),
-    )
-
-
-def membership_note(measured: Measured) -> str:
-    """AUC's standard error at this number of documents, what a perfect model gets, and which task it is about."""
-    members = len(measured.values(MEMBERS, "perplexity"))
-    others = len(measured.values(NONMEMBERS, "perplexity"))
-    tasks = ", ".join(task for task in measured.tasks(MEMBERS) if task) or "documents of unknown tasks"
-    about = f"members are {tasks} documents: it says nothing about other tasks"
-    if not members or not others:
-        return about
-    error = auc_error(members, others)
-    expected = 1 - 2 * error * math.sqrt(2 / math.pi)
-    chance = f"{members} + {others} documents: AUC's standard error at 0.5 is {error:.3f}"
-    return f"{chance}, so a perfect model scores {expected:.3f} on average; {about}"
-
-
-def auc_error(members: int, others: int) -> float:
-    """Standard error of the AUC when nothing tells the two apart: that of the rank-sum statistic."""
-    return math.sqrt((members + others + 1) / (12 * members * others))
+    return official_numbers(measured, _mmlu(measured))
 
 
 def _mmlu(measured: Measured) -> Aggregate:
@@ -200,8 +153,10 @@ BENCHMARKS.register("lume")(
         load=_load,
         paper="arXiv:2502.15097",
         parts=tuple(PARTS),
-        files="forget_train and retain_train (part train), forget_val and retain_val (validation) or forget and retain "
-        "(all), mia/train_member, mia/train_nonmember, …; LUME's GitHub release has data/forget and data/retain",
+        has_documents=True,
+        files="forget_train and retain_train (part train), forget_val and retain_val (validation; folds: "
+        "retain_train too) or forget and retain (all), mia/train_member, "
+        "mia/train_nonmember, …; LUME's GitHub release has data/forget and data/retain",
         metrics=("rouge_l_recall", "exact_match", "mia_loss", "perplexity", "extraction_strength", "probability"),
         convention="semeval",
         aggregate=aggregates,
