@@ -79,6 +79,8 @@ def table(kind: str) -> str:
         "objectives": _objectives,
         "parameters": _parameters,
         "attack-parameters": _attack_parameters,
+        "merge-methods": _merge_methods,
+        "merge-parameters": _merge_parameters,
         "tables": _tables,
         "choices": _choices,
     }
@@ -86,12 +88,17 @@ def table(kind: str) -> str:
         return special[kind]()
     if kind not in COLUMNS:
         raise ValueError(f"there is no table '{kind}' (valid: {', '.join([*COLUMNS, *special])})")
+    return _described(kind, COLUMNS[kind])
+
+
+def _described(kind: str, columns: Sequence[str]) -> str:
+    """Everything of a kind, one row each, with those of the columns that anything has."""
     from expunge.cli.list_ import described, singular
 
     entries = described(kind)
     if not entries:
         return f"There are no {kind} in this version.\n"
-    labels = [label for label in COLUMNS[kind] if any(about.get(label) for about in entries.values())]
+    labels = [label for label in columns if any(about.get(label) for about in entries.values())]
     rows = [[f"`{name}`", *(_cell(label, about) for label in labels)] for name, about in entries.items()]
     return markdown([singular(kind), *labels], rows)
 
@@ -106,7 +113,7 @@ def _cell(label: str, about: Mapping[str, str]) -> str:
     text = " ".join(str(about.get(label, "")).split())
     if label == "paper":
         return ARXIV.sub(r"[\1](https://arxiv.org/abs/\1)", text)
-    if label in ("example", "loss", "default") and text:
+    if label in ("example", "loss", "default", "parameters") and text:
         return f"`{text}`".replace("|", "\\|")
     return text.replace("|", "\\|").replace("<", "&lt;")
 
@@ -163,6 +170,32 @@ def _attack_parameters() -> str:
     from expunge.attacks.base import ATTACKS
 
     return _settings("attack", ATTACKS.items())
+
+
+def _merge_methods() -> str:
+    """Every merge method with what it takes."""
+    return _described("merges", ("summary", "models", "base", "weights", "density", "parameters", "paper"))
+
+
+def _merge_parameters() -> str:
+    """Every parameter of every merge method; methods that mean the same by it stand in one row."""
+    from expunge.cli.list_ import described
+
+    methods: dict[tuple[str, str], list[str]] = {}
+    everyone = described("merges")
+    for name, about in everyone.items():
+        for label, text in about.items():
+            kind, _, parameter = label.partition(" ")
+            if kind == "parameter":
+                methods.setdefault((parameter, text), []).append(name)
+    rows = []
+    for (parameter, text), names in sorted(methods.items()):
+        head, _, meaning = text.partition(": ")
+        values, _, default = head.rpartition(", default ")
+        texts = {"values": values, "default": default, "meaning": meaning}
+        whose = "all" if len(names) == len(everyone) else ", ".join(f"`{name}`" for name in names)
+        rows.append([f"`{parameter}`", whose, *(_cell(label, texts) for label in texts)])
+    return markdown(["parameter", "of", "values", "default", "meaning"], rows)
 
 
 def _settings(kind: str, leaves: Iterable[tuple[str, Any]]) -> str:

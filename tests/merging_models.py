@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from functools import cache
@@ -9,7 +10,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from expunge.merging.ties import ties
 
@@ -29,10 +37,15 @@ def llama(seed: int = 0, *, tied: bool = False, **changes) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
 
 
-def moved(base: LlamaForCausalLM, seed: int, size: float = 0.02, **changes) -> LlamaForCausalLM:
+def gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    """Conv1D layers: matrices stored (in, out), some of them square; tied embeddings."""
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)).eval()
+
+
+def moved(base: PreTrainedModel, seed: int, size: float = 0.02) -> PreTrainedModel:
     """A specialist: the base with noise on every parameter."""
-    model = llama(tied=base.config.tie_word_embeddings, **changes)
-    model.load_state_dict(base.state_dict())
+    model = copy.deepcopy(base)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -71,7 +84,7 @@ def reconfigure(file: Path, **changes) -> None:
 def adapter(
     base: LlamaForCausalLM | torch.nn.Module, folder: Path, seed: int, base_name: str | None = None, **settings
 ) -> Path:
-    """A LoRA adapter with random factors, saved by PEFT; the base model object is used up."""
+    """A LoRA adapter with all that it trains at random, saved by PEFT; the base model object is used up."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
@@ -79,11 +92,22 @@ def adapter(
     model = get_peft_model(base, LoraConfig(**chosen))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name and "magnitude" not in name:
                 parameter.copy_(torch.randn(parameter.shape) * 0.1)
+            elif parameter.requires_grad:  # magnitudes, biases, whole modules and tokens start where the base is
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
     for config in model.peft_config.values():
         config.base_model_name_or_path = base_name
     model.save_pretrained(folder)
+    return folder
+
+
+def folded(base_folder: Path, adapter_folder: Path, folder: Path) -> Path:
+    """What PEFT makes of base and adapter, as a checkpoint."""
+    from peft import PeftModel
+
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    PeftModel.from_pretrained(model, str(adapter_folder)).merge_and_unload().save_pretrained(folder)
     return folder
 
 

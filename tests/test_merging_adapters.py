@@ -6,26 +6,13 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 from expunge.errors import UserError
 from expunge.merging.run import merge_models
-from merging_models import adapter, llama, reconfigure, rewrite, save, weights
+from merging_models import adapter, folded, gpt2, llama, reconfigure, rewrite, save, weights
 
-
-def gpt2(seed: int = 0) -> GPT2LMHeadModel:
-    """Conv1D layers: matrices stored (in, out), some of them square."""
-    torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)).eval()
-
-
-def folded(base_folder, adapter_folder, folder):
-    """What PEFT makes of base and adapter, as a checkpoint."""
-    from peft import PeftModel
-
-    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
-    PeftModel.from_pretrained(model, str(adapter_folder)).merge_and_unload().save_pretrained(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def assert_same(one, two, tolerance=1e-5):
@@ -149,31 +136,15 @@ def test_an_embedding_adapter_may_carry_the_bases_embedding_but_not_another(tmp_
 # ---------------------------------------------------------------- refusals: never silently wrong
 
 
-REFUSED_SETTINGS = [
-    ({"use_dora": True}, "DoRA"),
-    ({"lora_bias": True, "target_modules": ["q_proj"]}, "lora_bias"),
-    ({"bias": "all"}, "bias=all"),
-    ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, "modules_to_save"),
-    ({"trainable_token_indices": [1, 2], "target_modules": ["q_proj"]}, "trainable_token_indices"),
-    ({"init_lora_weights": "pissa"}, "initialised by pissa"),
-    ({"init_lora_weights": "olora"}, "initialised by olora"),
-]
-
-
-@pytest.mark.parametrize(("settings", "sentence"), REFUSED_SETTINGS, ids=[sentence for _, sentence in REFUSED_SETTINGS])
-def test_variants_that_are_not_plain_lora_are_refused(tmp_path, settings, sentence):
-    base = save(llama(0, attention_bias=True), tmp_path / "base")
-    one = adapter(llama(0, attention_bias=True), tmp_path / "a", 1, str(base), **settings)
-    with pytest.raises(UserError, match=sentence) as caught:
-        merge_models([one], tmp_path / "out", method="linear")
-    assert "merge_and_unload" in caught.value.hint
-    assert not (tmp_path / "out").exists()
+def first(tensors, ending):
+    return next(name for name in tensors if name.endswith(ending))
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"peft_type": "IA3"}, "is a IA3 adapter"),
+        ({"bias": "some"}, "bias=some"),
         ({"target_parameters": ["mlp.experts"]}, "target_parameters"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"alora_invocation_tokens": [1]}, "aLoRA"),
@@ -191,10 +162,6 @@ def test_configs_that_do_not_fit_are_refused(tmp_path, changes, sentence):
         merge_models([one], tmp_path / "out", method="linear")
     assert caught.value.hint
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "base"]
-
-
-def first(tensors, ending):
-    return next(name for name in tensors if name.endswith(ending))
 
 
 @pytest.mark.parametrize(

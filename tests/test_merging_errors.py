@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from expunge.errors import UserError
+from expunge.merging import writer
 from expunge.merging.run import merge_models
 from merging_models import (
     llama,
@@ -42,6 +44,14 @@ def index_without_shard(folder):
     (folder / "model.safetensors").unlink()
     save(model, folder, max_shard_size="20KB")
     next(folder.glob("model-00002*")).unlink()
+
+
+def shard_cut_short(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    save(model, folder, max_shard_size="20KB")
+    shard = next(folder.glob("model-00002*"))
+    shard.write_bytes(shard.read_bytes()[:-100])
 
 
 def tokens(folder, word):
@@ -95,6 +105,7 @@ BROKEN = {
     "no config": (lambda d: (d / "b" / "config.json").unlink(), "holds no model"),
     "broken config": (lambda d: write(d / "b", "config.json", "{\n\n"), r"config\.json:3 is not valid JSON"),
     "shard missing": (lambda d: index_without_shard(d / "b"), "model-00002-of-.*is missing"),
+    "shard cut short": (lambda d: shard_cut_short(d / "b"), r"model-00002-of-.* is cut short: [\d,]+ bytes where"),
     "quantised": (lambda d: reconfigure(d / "b" / "config.json", quantization_config={"bits": 4}), "is quantised"),
     "float8": (
         lambda d: rewrite(d / "b", lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)})),
@@ -116,6 +127,41 @@ def test_broken_inputs_are_refused_with_a_sentence_and_nothing_is_written(three,
     assert {path: path.stat().st_mtime_ns for path in three.rglob("*")} == before
 
 
+def command(*arguments):
+    from expunge.cli.app import main
+
+    return main(["merge", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("what", ["shape", "vocabulary size", "architecture", "NaN", "cut short", "shard cut short"])
+def test_the_command_says_so_in_one_sentence_and_ends_with_2(three, capsys, what):
+    damage, sentence = BROKEN[what]
+    damage(three)
+    assert command(three / "a", three / "b", "--base", three / "base", "-o", three / "out") == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "Traceback" not in "".join(lines)
+    assert re.search(sentence, " ".join(lines))
+    assert lines[-1].startswith("hint: ")
+    assert sorted(path.name for path in three.iterdir()) == ["a", "b", "base"]
+
+
+def test_the_command_ends_with_2_without_a_base_and_without_room(three, capsys, monkeypatch):
+    assert command(three / "a", three / "b", "-o", three / "out") == 2
+    assert "say it with --base" in capsys.readouterr().err
+
+    class Full:
+        free = 1000
+
+    def refuse(*arguments, **options):
+        raise AssertionError("something was written before the space was checked")
+
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda place: Full)
+    monkeypatch.setattr(writer, "FolderLock", refuse)
+    assert command(three / "a", three / "b", "--base", three / "base", "-o", three / "new" / "out") == 2
+    assert "not enough disk" in capsys.readouterr().err
+    assert sorted(path.name for path in three.iterdir()) == ["a", "b", "base"]
+
+
 WRONG = {
     "no models": ({"inputs": []}, "nothing to merge"),
     "no such folder": ({"inputs": ["./gone"]}, "gone"),
@@ -125,7 +171,7 @@ WRONG = {
     "weight not finite": ({"weights": [1.0, float("inf")]}, "finite"),
     "density zero": ({"density": 0.0}, "density 0 "),
     "density above one": ({"density": [0.5, 1.5]}, r"density 1\.5 "),
-    "density NaN": ({"density": float("nan")}, "density nan"),
+    "density NaN": ({"density": float("nan")}, "density must be finite, not nan"),
     "too many densities": ({"density": [0.5] * 3}, "3 densities for 2 models"),
     "parameter": ({"parameters": {"sing": "total"}}, "unknown parameter 'sing'"),
     "weights cancel": ({"method": "linear", "weights": [1.0, -1.0]}, "sum of the weights, which is 0"),

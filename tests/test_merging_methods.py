@@ -1,4 +1,4 @@
-"""Merge methods on single tensors: closed forms, invariants, and what PEFT and mergekit compute."""
+"""Merge methods on single tensors: closed forms, and the chance of the random ones."""
 
 from __future__ import annotations
 
@@ -6,103 +6,26 @@ import math
 
 import pytest
 import torch
-from peft.utils import merge_utils
 
 from expunge.errors import UserError
+from expunge.merging.breadcrumbs import breadcrumbs
+from expunge.merging.dare import dare_linear
+from expunge.merging.della import della
+from expunge.merging.draw import Draw
 from expunge.merging.linear import linear
+from expunge.merging.magnitude_prune import magnitude_prune
+from expunge.merging.model_stock import model_stock
+from expunge.merging.negmerge import negmerge
+from expunge.merging.plan import plan_merge
 from expunge.merging.registry import MERGES
-from expunge.merging.selection import CHUNK, cut, kept_count, kept_over_model, trimmed
+from expunge.merging.sce import sce
+from expunge.merging.selection import CHUNK
+from expunge.merging.slerp import slerp
+from expunge.merging.task_arithmetic import task_arithmetic
 from expunge.merging.ties import ties
-
-SHAPES = [(40, 50), (10,), (2 * CHUNK + 10,), (1, 20), (5, 4, 6)]
-WEIGHTS = [[1.0, 1.0], [1.0, 0.5, 2.0], [0.3, 0.3, 0.3, 0.1]]
-
-
-def random_deltas(shape, count, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) for _ in range(count)]
-
-
-def brute_trim(values: torch.Tensor, keep: int) -> torch.Tensor:
-    """The `keep` largest magnitudes by a stable sort; the first of equals win."""
-    order = values.reshape(-1).abs().argsort(descending=True, stable=True)[:keep]
-    mask = torch.zeros(values.numel(), dtype=torch.bool)
-    mask[order] = True
-    return values.reshape(-1) * mask
-
-
-# ---------------------------------------------------------------- selection
-
-
-def awkward(name: str) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(3)
-    normal = torch.randn(5000, generator=generator)
-    return {
-        "normal": normal,
-        "equal": torch.full((5000,), 0.25),
-        "zeros": torch.zeros(5000),
-        "few values": torch.randint(-3, 4, (5000,), generator=generator).float(),
-        "mostly zero": torch.where(normal.abs() > 1.5, normal, torch.zeros(())),
-        "bfloat16": normal.bfloat16().float(),
-        "subnormal": normal * 1e-42,
-        "huge": normal * 5e37,
-        "mixed scales": normal * torch.logspace(-40, 30, 5000),
-        "over chunks": torch.randint(-40, 41, (2 * CHUNK + 77,), generator=generator).float(),
-    }[name]
-
-
-CASES = [
-    "normal",
-    "equal",
-    "zeros",
-    "few values",
-    "mostly zero",
-    "bfloat16",
-    "subnormal",
-    "huge",
-    "mixed scales",
-    "over chunks",
-]
-
-
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("density", [0.0001, 0.2, 0.5, 0.8, 0.999, 1.0])
-def test_cut_keeps_exactly_the_largest_and_the_first_of_equals(name, density):
-    values = awkward(name)
-    keep = kept_count(values.numel(), density)
-    at = cut(values, keep)
-    got = torch.cat(
-        [
-            trimmed(piece, start, at)
-            for start, piece in zip(range(0, values.numel(), CHUNK), values.split(CHUNK), strict=True)
-        ]
-    )
-    assert torch.equal(got, brute_trim(values, keep))
-
-
-@pytest.mark.parametrize(
-    ("numel", "density", "kept"), [(100, 0.29, 29), (10, 0.7, 7), (3, 0.5, 2), (7, 1.0, 7), (4, 0.0, 0)]
-)
-def test_kept_count_is_the_nearest_whole_number(numel, density, kept):
-    # int(0.29 * 100) is 28, which is what truncation would keep
-    assert kept_count(numel, density) == kept
-
-
-@pytest.mark.parametrize("name", ["normal", "few values", "mostly zero", "zeros"])
-@pytest.mark.parametrize("density", [0.01, 0.3, 0.8, 1.0])
-def test_one_threshold_over_the_model_equals_one_cut_through_the_flattened_model(name, density):
-    flat = awkward(name)
-    pieces = dict(zip("abcd", flat.split([1000, 1, 2999, 1000]), strict=True))
-    flat = torch.cat([flat[:1000], torch.zeros(500), flat[1000:]])  # a tensor that this model does not change
-    sizes = {"a": 1000, "untouched": 500, "b": 1, "c": 2999, "d": 1000}
-    kept = kept_over_model(pieces.get, sizes, density)
-    assert sum(kept.values()) == kept_count(5500, density)
-    expected = brute_trim(flat, kept_count(5500, density)).split(list(sizes.values()))
-    for (part, numel), whole in zip(sizes.items(), expected, strict=True):
-        values = pieces.get(part, torch.zeros(numel))
-        assert torch.equal(trimmed(values, 0, cut(values, kept[part])), whole)
-        assert kept_count(numel, kept[part] / numel) == kept[part]  # a density carries the count exactly
-
+from expunge.merging.uwc_mix import uwc_mix
+from expunge.methods.base import OBJECTIVES
+from merging_deltas import DRAW, random_deltas
 
 # ---------------------------------------------------------------- closed forms
 
@@ -147,6 +70,8 @@ def test_a_negative_weight_turns_its_difference_round_in_every_normalisation():
     delta = torch.tensor([1.0, -2.0])
     for normalize in (True, False, "count"):
         assert ties([delta], [-1.0], [1.0], normalize=normalize).tolist() == [-1.0, 2.0]
+    assert ties([delta], [-0.5], [1.0]).tolist() == [-1.0, 2.0]
+    assert ties([delta, -2 * delta], [1.0, -0.5], [1.0, 1.0]).tolist() == pytest.approx([4 / 3, -8 / 3])
 
 
 @pytest.mark.parametrize(
@@ -163,103 +88,183 @@ def test_linear_refuses_weights_that_cancel():
     assert "normalize=false" in caught.value.hint
 
 
-# ---------------------------------------------------------------- invariants of every method
+def test_task_arithmetic_adds_and_takes_away():
+    one, two = torch.tensor([1.0, 2.0]), torch.tensor([4.0, -8.0])
+    assert task_arithmetic([one, two], [1.0, -0.5], [1.0, 1.0]).tolist() == [-1.0, 6.0]
+    assert task_arithmetic([one, two], [3.0, 1.0], [1.0, 1.0], normalize=True).tolist() == [1.75, -0.5]
+    assert task_arithmetic([one], [-1.0], [1.0]).tolist() == [-1.0, -2.0]
 
 
-@pytest.mark.parametrize("name", MERGES.names())
-@pytest.mark.parametrize("shape", SHAPES)
-def test_methods_leave_their_inputs_alone_and_treat_models_alike(name, shape):
-    method = MERGES.get(name).function
-    deltas = random_deltas(shape, 3)
-    before = [delta.clone() for delta in deltas]
-    merged = method(deltas, [1.0, 2.0, 0.5], [0.5, 0.7, 1.0])
-    assert merged.shape == torch.Size(shape)
-    assert merged.dtype == torch.float32
-    assert all(torch.equal(one, two) for one, two in zip(deltas, before, strict=True))
-    assert all(merged.data_ptr() != delta.data_ptr() for delta in deltas)
-    swapped = method(deltas[::-1], [0.5, 2.0, 1.0], [1.0, 0.7, 0.5])
-    torch.testing.assert_close(merged, swapped, rtol=1e-6, atol=1e-6)
+def test_slerp_of_a_right_angle_goes_through_its_middle():
+    one, two = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 3.0])
+    root = math.sqrt(0.5)
+    torch.testing.assert_close(slerp([one, two], [1.0, 1.0], [1.0] * 2), torch.tensor([3 * root, 3 * root]))
+    third = torch.tensor([3 * math.cos(math.pi / 6), 3 * math.sin(math.pi / 6)])
+    torch.testing.assert_close(slerp([one, two], [2.0, 1.0], [1.0] * 2), third)
+    torch.testing.assert_close(slerp([one, two], [5.0, 1.0], [1.0] * 2, t=1 / 3), third)
+    assert slerp([one, two], [1.0, 1.0], [1.0] * 2, t=0.0).tolist() == [3.0, 0.0]
 
 
-@pytest.mark.parametrize("name", MERGES.names())
-def test_one_model_or_several_equal_ones_stay_what_they_are(name):
-    method = MERGES.get(name).function
-    (delta,) = random_deltas((30, 20), 1)
-    torch.testing.assert_close(method([delta], [1.0], [1.0]), delta)
-    torch.testing.assert_close(method([delta] * 3, [1.0, 0.4, 2.0], [1.0] * 3), delta)
+@pytest.mark.parametrize("factor", [2.0, -2.0, 0.0])
+def test_slerp_goes_straight_between_parallel_opposite_and_unchanged(factor):
+    one = torch.tensor([1.0, -3.0, 0.5])
+    torch.testing.assert_close(slerp([one, factor * one], [0.75, 0.25], [1.0] * 2), (0.75 + 0.25 * factor) * one)
 
 
-@pytest.mark.parametrize("name", MERGES.names())
-def test_methods_are_equivariant_under_sign_and_scale(name):
-    method = MERGES.get(name).function
-    deltas = random_deltas((300,), 2)
-    merged = method(deltas, [1.0, 1.0], [0.8, 0.8])
-    torch.testing.assert_close(method([-4 * delta for delta in deltas], [1.0, 1.0], [0.8, 0.8]), -4 * merged)
-
-
-# ---------------------------------------------------------------- peers
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("sign", ["total", "frequency"])
-def test_ties_equals_peft_in_its_convention(shape, weights, sign):
-    deltas = random_deltas(shape, len(weights), seed=1)
-    theirs = merge_utils.ties(deltas, torch.tensor(weights), 0.5, majority_sign_method=sign)
-    ours = ties(deltas, weights, [0.5] * len(weights), sign=sign, votes="equal", normalize="count")
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_linear_equals_pefts_weighted_sum(weights):
-    deltas = random_deltas((40, 50), len(weights))
-    theirs = merge_utils.task_arithmetic(deltas, torch.tensor(weights))
-    ours = linear(deltas, weights, [1.0] * len(weights), normalize=False)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
-    mean = linear(deltas, weights, [1.0] * len(weights))
-    torch.testing.assert_close(mean, theirs / sum(weights), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("density", [0.5, 1.0])
-def test_ties_and_linear_equal_mergekit(weights, normalize, density):
-    api = pytest.importorskip("mergekit.merge_methods.api")
-    base, *deltas = random_deltas((40, 50), len(weights) + 1)
-    names = [f"model{index}" for index in range(len(weights))]
-    models = {name: {"x": base + delta} for name, delta in zip(names, deltas, strict=True)}
-    deltas = [models[name]["x"] - base for name in names]
-    shared = {"weight": dict(zip(names, weights, strict=True)), "normalize": normalize}
-    theirs = api.merge_state_dicts(
-        {"base": {"x": base}, **models}, "ties", base="base", parameters={**shared, "density": density, "lambda": 0.7}
-    )["x"]
-    ours = base + 0.7 * ties(deltas, weights, [density] * len(weights), normalize=normalize)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
-    theirs = api.merge_state_dicts(models, "linear", parameters=shared)["x"]
-    ours = linear([models[name]["x"] for name in names], weights, [1.0] * len(weights), normalize=normalize)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
-
-
-# ---------------------------------------------------------------- declarations
+@pytest.mark.parametrize("angle", [1e-5, 9e-4, 1.1e-3, 0.01, 1.0, 3.0])
+def test_slerp_keeps_the_norm_and_divides_the_angle(angle):
+    one = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    two = torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
+    merged = slerp([one.float(), two.float()], [1.0, 1.0], [1.0] * 2, t=0.25).double()
+    assert merged.norm() == pytest.approx(1, abs=1e-5)
+    assert math.atan2(merged[1], merged[0]) == pytest.approx(angle / 4, rel=2e-3 if angle > 1.5 else 1e-5)
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "message", "hint"),
+    ("density", "gamma", "expected"),
     [
-        ("ties", {"signs": "total"}, "unknown parameter 'signs'", "did you mean 'sign'"),
-        ("ties", {"sign": "majority"}, "'total' or 'frequency'", "expunge list merges ties"),
-        ("ties", {"scale": math.nan}, "finite", "expunge list merges ties"),
-        ("ties", {"scope": "layer"}, "scope", "expunge list merges ties"),
-        ("ties", {"normalize": "sometimes"}, "normalize", "expunge list merges ties"),
-        ("linear", {"scope": "model"}, "unknown parameter 'scope'", "scale"),
-        ("linear", {"scale": "much"}, "scale", "expunge list merges linear"),
+        (0.6, 0.2, [0.0, 4.0, -3.0, 2.0, 0.0]),
+        (0.6, 0.0, [-5.0, 4.0, -3.0, 0.0, 0.0]),
+        (0.6, 0.4, [0.0, 0.0, -3.0, 2.0, 1.0]),
+        (0.8, 0.4, [0.0, 4.0, -3.0, 2.0, 1.0]),  # no more outliers than density leaves room for
+        (1.0, 0.4, [-5.0, 4.0, -3.0, 2.0, 1.0]),
     ],
 )
-def test_parameters_are_checked_with_a_sentence_and_a_hint(name, given, message, hint):
-    with pytest.raises(UserError) as caught:
-        MERGES.get(name).check(given)
-    assert message in caught.value.message
-    assert hint in caught.value.hint
+def test_breadcrumbs_leaves_out_the_smallest_and_the_largest(density, gamma, expected):
+    delta = torch.tensor([-5.0, 4.0, -3.0, 2.0, 1.0])
+    assert breadcrumbs([delta], [1.0], [density], gamma=gamma).tolist() == expected
+    assert breadcrumbs([delta, delta], [2.0, -1.0], [density] * 2, gamma=gamma).tolist() == expected
+
+
+@pytest.mark.parametrize(("normalize", "divisor"), [(False, 1.0), (True, 4.0), ("count", 2.0)])
+def test_a_sum_without_election_is_divided_as_asked(normalize, divisor):
+    one, two = torch.tensor([4.0, 8.0]), torch.tensor([-4.0, 16.0])
+    merged = breadcrumbs([one, two], [1.0, 3.0], [1.0, 1.0], normalize=normalize)
+    torch.testing.assert_close(merged, torch.tensor([-8.0, 56.0]) / divisor)
+
+
+def test_magnitude_prune_adds_what_is_large():
+    one, two = torch.tensor([1.0, -10.0, 3.0, 0.5]), torch.tensor([-2.0, 1.0, 4.0, -9.0])
+    assert magnitude_prune([one, two], [1.0, 2.0], [0.5, 0.25]).tolist() == [0.0, -10.0, 3.0, -18.0]
+    restored = magnitude_prune([one], [1.0], [0.5], rescale="l1")
+    assert restored.abs().sum().item() == pytest.approx(14.5)
+
+
+def test_model_stock_by_the_angle():
+    one, two = torch.tensor([1.0, 0.0]), torch.tensor([0.5, math.sqrt(0.75)])  # 60 degrees
+    torch.testing.assert_close(model_stock([one, 5 * two], [1.0] * 2, [1.0] * 2), (one + 5 * two) / 2 * (2 / 3))
+    three = torch.eye(3)
+    assert model_stock([*three], [1.0] * 3, [1.0] * 3).tolist() == [0.0, 0.0, 0.0]
+    assert model_stock([one, -one], [1.0] * 2, [1.0] * 2).tolist() == [0.0, 0.0]  # not 0 / 0
+    assert model_stock([one, torch.zeros(2)], [1.0] * 2, [1.0] * 2).tolist() == [0.0, 0.0]
+
+
+def test_sce_selects_weighs_and_erases_by_hand():
+    one, two = torch.tensor([2.0, 2.0, 1.0, 0.0]), torch.tensor([0.0, 2.5, -4.0, 0.0])
+    # variances 1, 1/16, 25/4, 0
+    energies = (2.0**2 + 1.0**2, 4.0**2)
+    share = energies[0] / sum(energies)
+    merged = sce([one, two], [1.0] * 2, [1.0] * 2, select_topk=0.5)
+    torch.testing.assert_close(merged, torch.tensor([2.0, 0.0, -4.0, 0.0]))
+    energies = (2.0**2 + 2.0**2 + 1.0**2, 2.5**2 + 4.0**2)
+    share = energies[0] / sum(energies)
+    torch.testing.assert_close(
+        sce([one, two], [1.0] * 2, [1.0] * 2), torch.tensor([2.0, share * 2 + (1 - share) * 2.5, -4.0, 0.0])
+    )
+
+
+def test_sce_keeps_exactly_its_part_of_equal_variances():
+    one, two = torch.zeros(10), torch.ones(10)
+    assert sce([one, two], [1.0] * 2, [1.0] * 2, select_topk=0.3).tolist() == [1.0] * 3 + [0.0] * 7
+    assert sce([two, two], [1.0] * 2, [1.0] * 2, select_topk=0.3).tolist() == [1.0] * 3 + [0.0] * 7
+
+
+def test_negmerge_takes_away_what_all_agree_on():
+    deltas = [torch.tensor([1.0, -2.0, 3.0, 0.0]), torch.tensor([3.0, -4.0, -3.0, 1.0])]
+    assert negmerge(deltas, [1.0] * 2, [1.0] * 2).tolist() == [-2.0, 3.0, 0.0, 0.0]
+
+
+def test_the_merge_and_the_objective_negmerge_are_one_formula():
+    start, *deltas = random_deltas((50, 7), 4)
+    objective = OBJECTIVES.get("negmerge")(alpha=0.7)
+    by_objective = objective.combine(start, [start + delta for delta in deltas])
+    exact = [(start + delta) - start for delta in deltas]
+    torch.testing.assert_close(start + 0.7 * negmerge(exact, [1.0] * 3, [1.0] * 3), by_objective)
+
+
+def test_uwc_mix_goes_part_of_the_way():
+    assert uwc_mix([torch.tensor([1.0, -2.0])], [1.0], [1.0], alpha=0.25).tolist() == [0.25, -0.5]
+
+
+# ---------------------------------------------------------------- chance
+
+BIG = (5 * CHUNK // 1000, 1000)
+RANDOM = [name for name, entry in MERGES.items() if entry.random]
+
+
+def test_what_dare_keeps_is_rescaled_to_the_same_mean():
+    (delta,) = random_deltas(BIG, 1)
+    merged = dare_linear([delta], [1.0], [0.3], draw=DRAW)
+    kept = merged != 0
+    assert kept.float().mean().item() == pytest.approx(0.3, abs=0.003)
+    torch.testing.assert_close(merged[kept], delta[kept] / 0.3)
+    assert torch.equal(dare_linear([delta], [1.0], [0.3], draw=DRAW, rescale=False)[kept], delta[kept])
+    restored = dare_linear([delta], [1.0], [0.3], draw=DRAW, rescale="l1")
+    assert restored.abs().sum().item() == pytest.approx(delta.abs().sum().item(), rel=1e-5)
+
+
+def test_della_keeps_the_large_ones_of_a_row_more_often():
+    (delta,) = random_deltas(BIG, 1)
+    merged = della([delta], [1.0], [0.5], draw=DRAW, epsilon=0.3, rescale=False)
+    order = delta.abs().argsort(dim=1, stable=True)
+    rates = (merged != 0).float().gather(1, order).mean(0)  # per rank, over 655 rows
+    expected = torch.linspace(0.2, 0.8, 1000)
+    assert (rates.view(10, 100).mean(1) - expected.view(10, 100).mean(1)).abs().max() < 0.01
+    unbiased = della([delta], [1.0], [0.5], draw=DRAW, epsilon=0.3)
+    sizes = torch.where(merged != 0, unbiased / delta, torch.zeros(())).gather(1, order)
+    torch.testing.assert_close(sizes[sizes != 0], (1 / expected).expand_as(sizes)[sizes != 0])
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_chance_is_that_of_seed_parameter_and_model(name):
+    method = MERGES.get(name).function
+    deltas = random_deltas((30, 40), 2)
+
+    def merged(draw, models=deltas):
+        return method(models, [1.0] * len(models), [0.5] * len(models), draw=draw)
+
+    assert torch.equal(merged(Draw(1, "a")), merged(Draw(1, "a")))
+    assert not torch.equal(merged(Draw(1, "a")), merged(Draw(2, "a")))
+    assert not torch.equal(merged(Draw(1, "a")), merged(Draw(1, "b")))
+    twins = [deltas[0], deltas[0]]
+    # one mask for both would leave half of the elements without any; each its own leaves a quarter
+    assert (merged(Draw(1, "a"), twins) == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
+
+
+def test_every_piece_has_its_own_chance():
+    pieces = [DRAW.uniform(0, start, start + 100) for start in (0, 100, 200)]
+    assert torch.equal(pieces[1], DRAW.uniform(0, 100, 200))
+    assert len({number for piece in pieces for number in piece.tolist()}) == 300
+    ones = torch.ones(2 * CHUNK)
+    first, second = dare_linear([ones], [1.0], [0.5], draw=DRAW).split(CHUNK)
+    assert (first == second).float().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("density", "epsilon", "fits"),
+    [(0.8, 0.15, True), (0.8, 0.2, False), (0.15, 0.15, False), (1.0, 0.3, True), (0.5, 0.0, True)],
+)
+def test_della_probabilities_lie_between_0_and_1(density, epsilon, fits):
+    settings = {"density": density, "parameters": {"epsilon": epsilon}}
+    if fits:
+        plan_merge("della", 2, **settings)
+        return
+    with pytest.raises(UserError, match=f"epsilon {epsilon:g} around density {density:g}") as caught:
+        plan_merge("della", 2, **settings)
+    assert f"below {min(density, 1 - density):g}" in caught.value.hint
+
+
+# ---------------------------------------------------------------- declarations
 
 
 def test_defaults_and_the_other_name_of_scale():
@@ -267,16 +272,12 @@ def test_defaults_and_the_other_name_of_scale():
         "sign": "total",
         "votes": "weighted",
         "normalize": True,
+        "rescale": False,
         "scope": "tensor",
         "scale": 1.0,
+        "scale_match": "none",
     }
-    assert MERGES.get("linear").check({"lambda": 0.5}) == {"normalize": True, "scale": 0.5}
-
-
-@pytest.mark.parametrize("name", MERGES.names())
-def test_every_method_describes_itself(name):
-    about = MERGES.get(name).describe()
-    assert next(iter(about)) == "summary"
-    assert about["paper"].startswith("arXiv:")
-    for parameter in MERGES.get(name).check({}):
-        assert len(about[f"parameter {parameter}"].partition(": ")[2]) > 10
+    common = {"scope": "tensor", "scale_match": "none"}
+    assert MERGES.get("linear").check({"lambda": 0.5}) == {"normalize": True, "scale": 0.5, **common}
+    assert MERGES.get("uwc_mix").check({}) == {"alpha": 1.0, "scale": 1.0, **common}
+    assert MERGES.get("slerp").check({})["t"] is None

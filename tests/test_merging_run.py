@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +11,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expunge.errors import UserError
-from expunge.merging import run, writer
 from expunge.merging.checkpoint import Checkpoint
 from expunge.merging.linear import linear
-from expunge.merging.registry import MERGES
 from expunge.merging.run import merge_models
 from expunge.merging.ties import ties
 from merging_models import (
@@ -266,106 +259,3 @@ def test_odd_sizes_in_mixed_dtypes_stay_aligned(tmp_path):
             target.write(name, checkpoint.read(name))
         target.publish({}, "")
     assert_equal(weights(tmp_path / "out"), source)
-
-
-# ---------------------------------------------------------------- what is left behind
-
-
-def fail_after(count):
-    calls = [0]
-
-    def function(deltas, weights, density, **parameters):
-        calls[0] += 1
-        if calls[0] > count:
-            raise RuntimeError("the lights went out")
-        return ties(deltas, weights, density, **parameters)
-
-    return function
-
-
-@pytest.mark.parametrize("count", [1, 2, 12])
-def test_a_failure_midway_leaves_nothing(three, monkeypatch, count):
-    entry = MERGES.get("ties")
-    monkeypatch.setitem(MERGES._entries, "ties", type(entry)(**{**vars(entry), "function": fail_after(count)}))
-    before = sorted(path.name for path in three.iterdir())
-    with pytest.raises(RuntimeError, match="lights"):
-        merge_models([three / "a", three / "b"], three / "out", base=three / "base")
-    assert sorted(path.name for path in three.iterdir()) == before
-
-
-def test_a_failure_leaves_an_earlier_result_as_it_was(three, monkeypatch):
-    merge_models([three / "a"], three / "out", base=three / "base")
-    before = {file.name: file.read_bytes() for file in (three / "out").iterdir()}
-    monkeypatch.setattr(run, "model_card", lambda record: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        merge_models([three / "b"], three / "out", base=three / "base")
-    assert {file.name: file.read_bytes() for file in (three / "out").iterdir()} == before
-    monkeypatch.undo()
-    merge_models([three / "b"], three / "out", base=three / "base")
-    assert (three / "out" / "model.safetensors").read_bytes() != before["model.safetensors"]
-    assert sorted(path.name for path in three.iterdir()) == ["a", "b", "base", "out"]
-
-
-def test_a_killed_process_leaves_no_final_name_and_the_next_one_clears_up(three):
-    script = textwrap.dedent("""
-        import os, sys
-        from pathlib import Path
-        import expunge.merging.run as run
-        whole, calls = run._merged, []
-        def dying(*arguments):
-            calls.append(1)
-            if len(calls) == 5:
-                os.kill(os.getpid(), 9)
-            return whole(*arguments)
-        run._merged = dying
-        folder = Path(sys.argv[1])
-        run.merge_models([folder / "a", folder / "b"], folder / "out", base=folder / "base")
-    """)
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(three)], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
-    )
-    assert done.returncode == -9
-    assert not (three / "out").exists()
-    assert (three / "out.partial" / "model.safetensors").exists()
-    merge_models([three / "a", three / "b"], three / "out", base=three / "base", weights=[1.0, 0.5], density=0.8)
-    assert_equal(weights(three / "out"), in_memory(three, 0.8), 1e-7)
-    assert sorted(path.name for path in three.iterdir()) == ["a", "b", "base", "out"]
-
-
-def test_an_empty_folder_is_a_place_even_if_one_stands_in_it(three, monkeypatch):
-    (three / "out").mkdir()
-    monkeypatch.chdir(three / "out")
-    merge_models([three / "a"], Path("."), base="../base")
-    assert (three / "out" / "model.safetensors").is_file()
-    assert sorted(path.name for path in three.iterdir()) == ["a", "b", "base", "out"]
-
-
-def test_two_merges_into_one_folder_do_not_mix(three):
-    from expunge.runs.lock import FolderLock
-
-    (three / "out.partial").mkdir()
-    lock = FolderLock(three / "out.partial")
-    try:
-        with pytest.raises(UserError, match="in use by another"):
-            merge_models([three / "a"], three / "out", base=three / "base")
-    finally:
-        lock.release()
-    merge_models([three / "a"], three / "out", base=three / "base")
-
-
-def test_a_full_disk_is_a_sentence_and_nothing_is_left(three, monkeypatch):
-    class Full:
-        free = 1000
-
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda place: Full)
-    with pytest.raises(UserError, match=r"not enough disk for .*out: .* GB are needed"):
-        merge_models([three / "a"], three / "out", base=three / "base")
-    monkeypatch.undo()
-
-    def no_space(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(writer.os, "fsync", no_space)
-    with pytest.raises(UserError, match="no space left"):
-        merge_models([three / "a"], three / "out", base=three / "base")
-    assert sorted(path.name for path in three.iterdir()) == ["a", "b", "base"]

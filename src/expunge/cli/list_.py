@@ -117,7 +117,8 @@ def _print_all(kind: str, entries: dict[str, dict[str, str]], json_: bool) -> No
     if not entries:
         say(f"no {kind} in this version")
         return
-    headers = ["name", "summary", *(["paper"] if any(about.get("paper") for about in entries.values()) else [])]
+    optional = [label for label in ("parameters", "paper") if any(about.get(label) for about in entries.values())]
+    headers = ["name", "summary", *optional]
     rows: list[list[Any]] = [
         [name, *(about.get(label, "") for label in headers[1:])] for name, about in entries.items()
     ]

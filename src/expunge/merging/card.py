@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Event
 from typing import Any
 
+from expunge.errors import UserError
 from expunge.merging.checkpoint import TensorInfo
 from expunge.merging.inputs import Full, Inputs
 
@@ -26,7 +27,8 @@ _TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_BLOCK = 1 << 22
+_BLOCK = 1 << 20  # bytes that stay in the processor's cache between reading and hashing
+_WORST = 10  # modules that a card of an adapter names
 
 
 def small_files(inputs: Inputs) -> list[Path]:
@@ -61,26 +63,37 @@ def result_config(inputs: Inputs, tensors: Mapping[str, TensorInfo]) -> dict[str
     return config
 
 
-def file_digests(folder: Path, files: Sequence[Path], stop: Event) -> dict[str, str]:
-    """sha256 of each file by name; incomplete once `stop` is set."""
-    digests: dict[str, str] = {}
+def file_digests(folders: Mapping[Path, Sequence[Path]], stop: Event) -> dict[Path, dict[str, str]]:
+    """Folder → file name → sha256; incomplete once `stop` is set. Raises UserError if a file can't be read."""
+    digests: dict[Path, dict[str, str]] = {folder: {} for folder in folders}
+    # all folders side by side, as the merge reads them: what one of the two has read, the other finds in memory
+    reading = [_hashing(folder, file_list, digests[folder]) for folder, file_list in folders.items()]
+    while reading and not stop.is_set():
+        reading = [one for one in reading if next(one, False)]
+    return digests
+
+
+def _hashing(folder: Path, files: Sequence[Path], digests: dict[str, str]) -> Iterator[bool]:
+    """Fill in `digests` file by file, and stop after every block."""
+    block = memoryview(bytearray(_BLOCK))
     for path in files:
         digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-                if stop.is_set():
-                    return digests
+        try:
+            with path.open("rb", buffering=0) as file:
+                while size := file.readinto(block):
+                    digest.update(block[:size])
+                    yield True
+        except OSError as error:
+            raise UserError(f"{path} can't be read ({error.strerror})", "fetch or copy the file again") from None
         digests[str(path.relative_to(folder))] = digest.hexdigest()
-    return digests
 
 
 def model_card(record: Mapping[str, Any]) -> str:
     """README.md of the result, from the record that is written beside it."""
-    statistics = record["statistics"]
+    statistics, adapter = record["statistics"], record.get("adapter")
     lines = [
         "---",
-        "library_name: transformers",
+        *(["library_name: transformers"] if adapter is None else _adapter_head(adapter)),
         "tags:",
         "- merge",
         "- expunge",
@@ -93,9 +106,9 @@ def model_card(record: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for number, (model, norm) in enumerate(zip(record["models"], statistics["delta_norms"], strict=True), start=1):
-        density = "–" if model["density"] is None else f"{model['density']:g}"
+        density = "–" if model["density"] is None else _value(model["density"])
         name = _cell(model["name"])
-        lines.append(f"| {number} | {name} | {model['kind']} | {model['weight']:g} | {density} | {norm:.6g} |")
+        lines.append(f"| {number} | {name} | {model['kind']} | {_value(model['weight'])} | {density} | {norm:.6g} |")
     base = record["base"]
     lines += [
         "",
@@ -107,6 +120,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         f"cosine to the inputs' mean {_number(statistics['cosine_to_mean'])}, "
         f"share of changed weights that the inputs pull both ways {_number(statistics['sign_conflict'])}.",
         "",
+        *([] if adapter is None else _adapter_lines(adapter)),
         "## sha256 of what was merged",
         "",
     ]
@@ -115,8 +129,38 @@ def model_card(record: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", "`merge.json` holds the same in a form for programs.", ""])
 
 
+def _adapter_head(adapter: Mapping[str, Any]) -> list[str]:
+    base = adapter["base"]
+    # the hub takes this for one of its own names
+    return ["library_name: peft", *([] if Path(base).is_absolute() else [f"base_model: {base}"])]
+
+
+def _adapter_lines(adapter: Mapping[str, Any]) -> list[str]:
+    """What a card says of a merged difference that is held as a LoRA adapter."""
+    worst = sorted(adapter["modules"].items(), key=lambda item: -item[1])[:_WORST]
+    lines = [
+        f"## As an adapter of rank {adapter['rank']}",
+        "",
+        f"The merged differences of {len(adapter['modules'])} matrices are held as low-rank factors, the best of that "
+        f"rank. Relative error in all, ‖ΔW − BA‖ / ‖ΔW‖: **{adapter['relative_error']:.3g}**. The largest:",
+        "",
+        "| module | relative error |",
+        "|---|---|",
+        *(f"| {_cell(name)} | {error:.3g} |" for name, error in worst),
+        "",
+    ]
+    if adapter["modules_to_save"]:
+        names = ", ".join(_cell(name) for name in adapter["modules_to_save"])
+        lines += [f"Held whole, without an error: {names}.", ""]
+    return lines
+
+
 def _cell(text: str) -> str:
     return "`" + text.replace("|", "\\|").replace("`", "'").replace("\n", " ") + "`"
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else f"`{json.dumps(value)}`"
 
 
 def _number(value: float | None) -> str:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from expunge.errors import UserError
 from expunge.merging.adapters import Adapter
+from expunge.merging.ahead import room
 from expunge.merging.checkpoint import Checkpoint, TensorInfo, is_embedding
+from expunge.merging.selection import CHUNK
 from expunge.models.files import is_adapter
 
 # Entries of config.json on which the meaning of the weights depends though their shapes may not.
@@ -73,8 +75,17 @@ class Full:
 
     def delta(self, name: str, base: Tensor | None) -> Float[Tensor, "*shape"] | None:
         """θ − θ_base of a parameter in float32, whatever the stored dtypes; θ itself without a base."""
-        delta = self.checkpoint.read(name).to(torch.float32, copy=True)
-        return delta if base is None else delta.sub_(base)
+        own = self.checkpoint.read(name)
+        if base is not None and base.device.type != "cpu":
+            return own.to(base.device, torch.float32).sub_(base)
+        delta = room(own.shape)
+        flat, start = delta.view(-1), 0
+        for piece in own.reshape(-1).split(CHUNK):  # a whole narrow base would be copied to be widened
+            difference = flat[start : start + CHUNK].copy_(piece)
+            if base is not None:
+                difference.sub_(base.view(-1)[start : start + CHUNK])
+            start += CHUNK
+        return delta
 
     def close(self) -> None:
         """Let go of the mapped files."""

@@ -1,4 +1,8 @@
-"""Writing a checkpoint tensor by tensor: shards and index in a folder beside, which takes its name when it is whole."""
+"""Writing a checkpoint tensor by tensor: shards and index in a folder beside, which takes its name when it is whole.
+
+Whenever a shard is finished, its sha256 is noted in that folder. After a kill or Ctrl-C the same merge keeps the shards
+that still have it, and writes the others; any other merge clears them away.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -20,12 +24,16 @@ from expunge.runs.atomic import disk_errors, publish, sync_tree, write_json
 from expunge.runs.lock import FolderLock
 
 RECORD = "merge.json"
+MADE_BY = "expunge merge"
 SHARD_BYTES = 5 * 10**9
 _SLACK = 1 << 20  # bytes for index, card and the file system's own bookkeeping
 
 
 class CheckpointWriter:
-    """Context manager: `write` each tensor of `order`, then `publish`; an exception leaves nothing behind."""
+    """Context manager: `write` each tensor of `order`, then `publish`.
+
+    A mistake leaves nothing behind; Ctrl-C and a kill leave the finished shards. `order` lacks what those hold.
+    """
 
     def __init__(
         self,
@@ -34,20 +42,29 @@ class CheckpointWriter:
         *,
         beside: Sequence[Path] = (),
         shard_bytes: int = SHARD_BYTES,
+        key: str = "",
     ) -> None:
-        """Check the place and the free disk space; `beside` are small files that are copied. Raises UserError."""
+        """Check the place and the free disk space; `beside` are small files that are copied. Raises UserError.
+
+        `key` stands for all that decides what is written: shards are kept for the same key only, and never without.
+        """
         check_output(output)
         self.output = output = Path(os.path.abspath(output))  # "." has no name that .partial could be added to
         self.partial = output.with_name(f"{output.name}.partial")
-        self.digests: dict[str, str] = {}
+        self.rows: dict[str, Any] = {}
+        """What was given to `write` beside each tensor of a finished shard, also of those that were kept."""
+        self._key = key
+        self._finished: dict[str, dict[str, Any]] = {}  # shard → sha256 and rows
         # wide dtypes first, so that every tensor begins at a multiple of its element size and can be memory-mapped
         self._tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
         self.order = list(self._tensors)
         self._shards = plan_shards(self._tensors, shard_bytes)
         self._beside = list(beside)
-        _check_space(output, sum(info.nbytes for info in tensors.values()) + sum(f.stat().st_size for f in beside))
+        needed = sum(info.nbytes for info in tensors.values()) + sum(file.stat().st_size for file in beside)
+        check_room(output, needed - _occupied(self.partial))  # what is there is kept or makes room
         self._file: IO[bytes] | None = None
         self._hash = hashlib.sha256()
+        self._coming: list[int] = []
         self._shard = -1
         self._waiting: list[str] = []
         self._published = False
@@ -61,13 +78,18 @@ class CheckpointWriter:
         self._lock = FolderLock(self.partial)
         try:
             with disk_errors(self.output.parent):
-                _empty(self.partial)  # what a killed merge left
-                write_json(self.partial / RECORD, {"made_by": "expunge merge", "finished": False})
+                self._finished = self._kept()
+                _empty(self.partial, but=self._finished)
+                self._note()
                 for file in self._beside:
                     shutil.copyfile(file, self.partial / file.name)
-        except BaseException:
-            self.__exit__(None, None, None)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             raise
+        self._coming = [shard for shard in range(len(self._shards)) if self._name(shard) not in self._finished]
+        self.order = [name for shard in self._coming for name in self._shards[shard]]
+        for shard in self._finished.values():
+            self.rows.update(shard["rows"])
         return self
 
     def __exit__(
@@ -75,12 +97,21 @@ class CheckpointWriter:
     ) -> None:
         if self._file is not None:
             self._file.close()
-        self._lock.release()
-        if not self._published:
+        interrupted = error is not None and not isinstance(error, Exception)
+        if not self._published and not (interrupted and self._finished and self._key):
             shutil.rmtree(self.partial, ignore_errors=True)
+        elif self._file is not None:
+            (self.partial / self._name(self._shard)).unlink(missing_ok=True)
+        self._lock.release()
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor to its shard."""
+    @property
+    def digests(self) -> dict[str, str]:
+        """Shard → sha256 of what is finished, in order."""
+        names = map(self._name, range(len(self._shards)))
+        return {name: self._finished[name]["sha256"] for name in names if name in self._finished}
+
+    def write(self, name: str, tensor: Tensor, row: Any = None) -> None:
+        """Append a tensor to its shard; `row` is JSON data that is remembered with it."""
         if not self._waiting:
             self._next_shard()
         expected, info = self._waiting.pop(0), self._tensors[name]
@@ -89,12 +120,13 @@ class CheckpointWriter:
         if tensor.numel():
             data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
             self._append(memoryview(data))
+        self.rows[name] = row
         if not self._waiting:
             self._end_shard()
 
     def publish(self, record: Mapping[str, Any], card: str) -> None:
         """Write index, record and card, make all of it durable, and rename the folder to its final name."""
-        if self._waiting or self._shard != len(self._shards) - 1:
+        if self._waiting or self._coming:
             raise AssertionError("tensors are missing")
         with disk_errors(self.output.parent):
             if len(self._shards) > 1:
@@ -102,14 +134,14 @@ class CheckpointWriter:
             (self.partial / "README.md").write_text(card, encoding="utf-8")
             files = sorted({entry.name for entry in self.partial.iterdir() if not entry.name.startswith(".")})
             whole = {**record, "weights_sha256": self.digests, "files": files}
-            write_json(self.partial / RECORD, {"made_by": "expunge merge", "finished": True, **whole})
+            write_json(self.partial / RECORD, {"made_by": MADE_BY, "finished": True, **whole})
             sync_tree(self.partial)
             publish(self.partial, self.output, self.output.with_name(f".{self.output.name}.replaced-{os.getpid()}"))
             self._published = True
             (self.output / ".lock").unlink(missing_ok=True)  # held until here, so that nobody else took the folder
 
     def _next_shard(self) -> None:
-        self._shard += 1
+        self._shard = self._coming.pop(0)
         self._waiting = list(self._shards[self._shard])
         header = _header({name: self._tensors[name] for name in self._waiting})
         with disk_errors(self.output.parent):
@@ -130,7 +162,25 @@ class CheckpointWriter:
             os.fsync(self._file.fileno())
             self._file.close()
         self._file = None
-        self.digests[self._name(self._shard)] = self._hash.hexdigest()
+        rows = {name: self.rows[name] for name in self._shards[self._shard]}
+        self._finished[self._name(self._shard)] = {"sha256": self._hash.hexdigest(), "rows": rows}
+        with disk_errors(self.output.parent):
+            self._note()
+
+    def _note(self) -> None:
+        write_json(
+            self.partial / RECORD,
+            {"made_by": MADE_BY, "finished": False, "key": self._key, "shards": self._finished},
+        )
+
+    def _kept(self) -> dict[str, dict[str, Any]]:
+        """The finished shards of an interrupted merge of the same, each with the sha256 that was noted then."""
+        record = _read_record(self.partial)
+        if not self._key or record.get("key") != self._key:
+            return {}
+        shards = [self._name(shard) for shard in range(len(self._shards))]
+        noted = {name: record["shards"][name] for name in shards if name in record["shards"]}
+        return {name: shard for name, shard in noted.items() if _sha256(self.partial / name) == shard["sha256"]}
 
     def _name(self, shard: int) -> str:
         total = len(self._shards)
@@ -165,17 +215,37 @@ def check_output(output: Path) -> None:
 
 def _is_ours(folder: Path, *, finished: bool) -> bool:
     """Whether all that `folder` holds was written by a merge."""
-    present = {entry.name for entry in folder.iterdir()}
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    present = {entry.name for entry in folder.iterdir() if not entry.name.startswith(f".{RECORD}.")}
+    record = _read_record(folder)
+    if not record:
         return not finished and present <= {".lock"}
-    if not isinstance(record, dict) or record.get("made_by") != "expunge merge":
-        return False
     return not finished or present <= {".lock", *record.get("files", [])}
 
 
-def _check_space(output: Path, needed: int) -> None:
+def _read_record(folder: Path) -> dict[str, Any]:
+    """The record of a merge, finished or not; empty where there is none of ours."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and record.get("made_by") == MADE_BY else {}
+
+
+def _sha256(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError:
+        return ""
+
+
+def _occupied(partial: Path) -> int:
+    """Bytes that an unfinished merge left in a folder."""
+    return sum(file.stat().st_size for file in partial.iterdir()) if _read_record(partial) else 0
+
+
+def check_room(output: Path, needed: int) -> None:
+    """Raises UserError if the disk that is to hold `output` has fewer free bytes than needed."""
     place = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     if free < needed + _SLACK:
@@ -185,8 +255,10 @@ def _check_space(output: Path, needed: int) -> None:
         )
 
 
-def _empty(folder: Path) -> None:
+def _empty(folder: Path, but: Container[str]) -> None:
     for entry in folder.iterdir():
+        if entry.name in but:
+            continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         elif entry.name != ".lock":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
@@ -71,7 +71,7 @@ class Mixture:
         """Raises UserError if the line does not hold every parameter of the model."""
         self.model, self.line = model, line
         self.alpha: float | None = None
-        self._places = _places(model, line.names)
+        self._places = places(model, line.names)
         self._sound = False
 
     @torch.no_grad()
@@ -150,8 +150,11 @@ def _held(model: nn.Module, target: Tensors) -> Line:
     return Line(target.names, target.read, delta, unlearned)
 
 
-def _places(model: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Where each tensor of the line is in the model. Files may leave out the name of the trunk (`model.`)."""
+def places(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """Where each tensor of the files is in the model. Files may leave out the name of the trunk (`model.`).
+
+    Raises UserError where a parameter of the model is not among them.
+    """
     inner: Any = unwrap(model)
     state: dict[str, Tensor] = inner.state_dict()
     found: dict[str, Tensor] = {}

@@ -14,11 +14,13 @@ from expunge.data.example import Splits
 from expunge.data.load import load_splits
 from expunge.data.template import resolve_template
 from expunge.errors import UserError
-from expunge.merging.run import plan_merge
+from expunge.merging.plan import plan_merge
 from expunge.methods.base import Objective, build_objective
 from expunge.pipeline.asked import Asked, ask, exam_of
 from expunge.pipeline.entries import Beside, beside, check_entry, prepare_jobs, unlearn_job
 from expunge.pipeline.job import Job
+from expunge.pipeline.merge_search_rows import SearchRows, search_rows
+from expunge.pipeline.merge_search_space import Space, check_alone
 from expunge.pipeline.preflight import check_context, check_job, check_same_tokens, open_candidate
 from expunge.recipe import MergeConfig, ModelConfig, Recipe, UnlearnConfig
 
@@ -35,6 +37,7 @@ class Resolved:
     tokenizer: Any
     template: Any
     asked: Asked  # what every model is asked in the end
+    search: SearchRows | None = None  # what the merge is searched on, if it is
 
     def data_record(self) -> dict[str, dict[str, Any]]:
         """Rows, role, digest and cuts of each split, for run.json."""
@@ -75,6 +78,7 @@ def resolve(recipe: Recipe) -> Resolved:
     if recipe.merge is not None:
         attempt(_check_merge, recipe.merge, len(recipe.merge.models or recipe.unlearn))
     exam = attempt(exam_of, recipe.evaluate, recipe.data.benchmark)
+    search = attempt(_search, recipe, splits, tokenizer) if splits is not None and template is not None else None
     if recipe.evaluate.lm_eval:
         hint = "run them on the result: expunge eval OUT/model --set evaluate.lm_eval=[mmlu]"
         problems.append(UserError("evaluate.lm_eval: a run does not run lm-eval's tasks", hint))
@@ -84,7 +88,7 @@ def resolve(recipe: Recipe) -> Resolved:
     for split in splits if splits is not None and template is not None else []:
         rows[split.name] = attempt(encode, split.examples, tokenizer, template, recipe.data.max_length) or []
     if rows:
-        attempt(check_context, model, rows)
+        attempt(check_context, model, rows if search is None else {**rows, **search.rows})
     for entry in recipe.unlearn if rows else []:
         attempt(check_entry, entry, rows)
     _raise_all(problems)
@@ -95,7 +99,7 @@ def resolve(recipe: Recipe) -> Resolved:
     _raise_all(problems)
     assert splits is not None
     asked = ask(exam, splits, tokenizer, recipe.data)
-    resolved = Resolved(recipe, splits, rows, objectives, built, tokenizer, template, asked)
+    resolved = Resolved(recipe, splits, rows, objectives, built, tokenizer, template, asked, search)
     for job in _jobs(resolved):
         attempt(check_job, job, recipe.model)
     _raise_all(problems)
@@ -139,7 +143,19 @@ def _check_retain(entry: UnlearnConfig, objective: Objective | None, has_retain:
 
 
 def _check_merge(merge: MergeConfig, count: int) -> None:
-    plan_merge(merge.method, count, merge.weights, merge.density, merge.parameters)
+    if merge.search is not None:
+        check_alone()
+        Space(merge, count)
+    else:
+        plan_merge(merge.method, count, merge.weights, merge.density, merge.parameters)
+
+
+def _search(recipe: Recipe, splits: Splits, tokenizer: Any) -> SearchRows | None:
+    """What a merge is searched on. Raises UserError for aims and constraints that no row can answer."""
+    if recipe.merge is None or recipe.merge.search is None:
+        return None
+    has_reference = recipe.reference is not None or recipe.prepare is not None
+    return search_rows(recipe.merge.search, splits, tokenizer, recipe.data, recipe.evaluate, has_reference)
 
 
 def _raise_all(problems: Sequence[UserError]) -> None:
