@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from expunge.errors import UserError
 from expunge.models.tiny import build_tiny
 from expunge.scoring.batches import generation_batches
 from expunge.scoring.generate import TEXT_PROMPT_TOKENS, Sampling, generate
+from expunge.scoring.scores import score
 from expunge.scoring.tables import GENERATIONS
 from scoring_rows import END, lively, random_rows, row
 
@@ -246,3 +248,75 @@ def test_more_samples_than_a_batch_and_rows_that_end_apart():
         tiny, build_tiny()[1], rows, max_new_tokens=12, batch_size=72, margin=1, sampling=Sampling(1.5, 3, 8)
     )
     assert table.column("generated").to_pylist() == alone.column("generated").to_pylist()
+
+
+# ---------------------------------------------------------------- what scoring shows to be said
+
+
+def with_answers(model, kind: str, size: int, limit: int) -> list:
+    """Rows whose answers are the model's own words up to a place that differs from row to row."""
+    plain = random_rows(6, seed=8, longest=12)
+    said = stopping(model, plain, limit + 2, set())
+    rows = []
+    for number, (prompt, tokens) in enumerate(zip(plain, said, strict=True)):
+        given = prompt.input_ids[: prompt.prompt_tokens].tolist()
+        right = {"none": 0, "some": number, "all": limit}[kind]
+        answer = [*tokens[:right], *([] if kind == "all" else [7, 8])][: limit + 1]
+        # a terminator that the model says itself behind the answer, or across its end
+        end = tokens[right - (size > 1) : right - (size > 1) + size] if size else []
+        rows.append(row(f"r{number}", given, answer, end, is_text=False))
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["none", "some", "all"])
+@pytest.mark.parametrize("size", [0, 1, 2])
+@pytest.mark.parametrize("limit", [3, 8])
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_scoring_shows_to_be_said_changes_no_text(tiny, monkeypatch, kind, size, limit, cached):
+    model, tokenizer = tiny
+    monkeypatch.setattr("expunge.scoring.generate.continues_prompts", lambda model: cached)
+    rows = with_answers(model, kind, size, 8)
+    known = score(model, rows, batch_size=4)
+    settings = {"max_new_tokens": limit, "batch_size": 4}
+    done: list[int] = []
+    quick = generate(model, tokenizer, rows, known=known, progress=done.append, **settings)
+    assert quick.equals(generate(model, tokenizer, rows, **settings))
+    assert sum(done) == len(rows)
+
+
+def test_what_scoring_shows_to_be_said_is_not_decoded_again(tiny):
+    model, tokenizer = tiny
+    rows = with_answers(model, "all", 1, 8)
+    known = score(model, rows, batch_size=4)
+    forwards: list[int] = []
+    handle = model.register_forward_hook(lambda *_: forwards.append(1))
+    try:
+        table = generate(model, tokenizer, rows, max_new_tokens=8, batch_size=6, known=known)
+    finally:
+        handle.remove()
+    assert table.column("new_tokens").to_pylist() == [8] * 6
+    assert not forwards
+
+
+def test_texts_are_continued_behind_what_scoring_shows(tiny):
+    model, tokenizer = tiny
+    starts = [row("s", r.input_ids[:10].tolist(), [9], []) for r in random_rows(4, longest=40) if len(r.input_ids) > 10]
+    said = stopping(model, starts, 10, set())
+    # a text is given to its middle, and goes on as the model does
+    texts = [
+        row(f"t{i}", tokens[:1], [*tokens[1:10], *more[:4], *([3] * (6 if i else 0)), *more[4 if i else 10 :]], [])
+        for i, (tokens, more) in enumerate(zip((s.input_ids.tolist() for s in starts), said, strict=True))
+    ]
+    texts = [replace(text, example=replace(text.example, is_text=True)) for text in texts]
+    known = score(model, texts, batch_size=4)
+    expected = generate(model, tokenizer, texts, max_new_tokens=6, batch_size=4)
+    assert generate(model, tokenizer, texts, max_new_tokens=6, batch_size=4, known=known).equals(expected)
+
+
+def test_samples_are_drawn_whatever_is_likeliest(tiny):
+    model, tokenizer = tiny
+    rows = with_answers(model, "all", 1, 8)
+    known = score(model, rows, batch_size=4)
+    settings = {"max_new_tokens": 6, "batch_size": 6, "sampling": Sampling(temperature=3.0)}
+    drawn = generate(model, tokenizer, rows, known=known, **settings)
+    assert drawn.equals(generate(model, tokenizer, rows, **settings))

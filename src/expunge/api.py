@@ -11,6 +11,7 @@ from expunge.errors import UserError
 from expunge.recipe import ModelConfig, Recipe, load_recipe, parse_overrides
 
 if TYPE_CHECKING:
+    from expunge.merging.run import MergeResult
     from expunge.pipeline.examine import Examination
     from expunge.pipeline.run import RunResult
     from expunge.report.attack_record import AttackRecord
@@ -263,25 +264,28 @@ def merge(
     *,
     output: str | Path,
     base: str | None = None,
-    method: str = "ties",
-    weights: Sequence[float] | None = None,
-    density: float | Sequence[float] = 0.8,
+    method: str | None = None,
+    weights: Sequence[Any] | None = None,
+    density: Any = None,
     parameters: Mapping[str, Any] | None = None,
-) -> Path:
-    """Merge checkpoints or adapters into a whole checkpoint at `output`."""
-    from expunge.merging.run import merge_models
+    search: Mapping[str, Any] | None = None,
+    reference: str | None = None,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+    options: Mapping[str, Any] | None = None,
+    **rows: Any,
+) -> MergeResult:
+    """Merge checkpoints or adapters into a whole checkpoint at `output`: TIES of density 0.8 when nothing is said.
 
-    count = len(models)
-    made = merge_models(
-        list(models),
-        Path(output),
-        base=base,
-        method=method,
-        weights=list(weights) if weights is not None else [1.0] * count,
-        density=[density] * count if isinstance(density, int | float) else list(density),
-        parameters=parameters or {},
-    )
-    return made.path
+    Weights and density are numbers, lists over layers or {pattern: …, default: …}, one per model. With `search` (the
+    fields of `merge.search`) what is not given is chosen on `rows` (forget, retain, …, the fields of `data`), and the
+    record is `output/search.json`. `options` are further keywords of `merge_models`, such as device.
+    """
+    from expunge.pipeline import merge as merging
+    from expunge.pipeline.progress import Reporter
+
+    said = merging.Said(base, method, weights, density, parameters or {}, options or {})
+    return merging.merge(models, Path(output), said, search, reference, rows, overrides, Reporter(quiet=quiet))
 
 
 def study(

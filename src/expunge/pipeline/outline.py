@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from expunge.pipeline.entries import prepare_jobs, unlearn_job
+from expunge.pipeline.merge_search_space import Space
 from expunge.pipeline.resolve import Resolved
 from expunge.report.provenance import switches
 
@@ -33,7 +34,15 @@ def outline(resolved: Resolved, output: Path) -> Iterator[str]:
             yield f"           {switch}"
     if recipe.merge is not None:
         names = recipe.merge.models or [entry.name for entry in recipe.unlearn]
-        yield f"merge      {' + '.join(names)} by {recipe.merge.method}, density {recipe.merge.density}"
+        searched = recipe.merge.search
+        if searched is None or resolved.search is None:
+            yield f"merge      {' + '.join(names)} by {recipe.merge.method}, density {recipe.merge.density}"
+        else:
+            methods = Space(recipe.merge, len(names)).methods
+            yield f"merge      {' + '.join(names)}: {', '.join(methods)}, searched in {searched.trials} trials"
+            yield f"           aims: {', '.join(map(str, resolved.search.aims))}"
+            yield f"           keeps: {', '.join(map(str, resolved.search.keep))}"
+            yield f"           on {', '.join(f'{name} ({len(rows)})' for name, rows in resolved.search.rows.items())}"
     generation = " and generation" if recipe.evaluate.generate is not None else ""
     yield f"evaluate   scores{generation} in {recipe.evaluate.dtype}, metrics, report"
     yield f"output     {output}"

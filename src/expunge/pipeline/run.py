@@ -105,7 +105,7 @@ def _models(stages: Stages) -> list[Variant]:
     if recipe.merge is not None:
         chosen = recipe.merge.models or [entry.name for entry in recipe.unlearn]
         by_name = {variant.name: variant for variant in unlearned}
-        unlearned.append(stages.merged([by_name[name] for name in chosen], target))
+        unlearned.append(stages.merged([by_name[name] for name in chosen], target, reference))
     elif recipe.unlearn[0].lora is not None:
         unlearned = [stages.folded(unlearned[0])]
     return [*variants, *unlearned, *([reference] if reference else [])]

@@ -21,6 +21,7 @@ from expunge.pipeline.processes import barrier, broadcast, process_count, proces
 from expunge.pipeline.progress import Reporter
 from expunge.pipeline.resolve import Resolved, rows_digest
 from expunge.pipeline.samples import read_samples, write_samples
+from expunge.pipeline.snapshots import Recorder
 from expunge.pipeline.training import train
 from expunge.recipe import ModelConfig, TokenSelection, UnlearnConfig
 from expunge.runs.provenance import file_digest, folder_digest
@@ -37,6 +38,8 @@ class Variant:
     name: str
     config: ModelConfig
     digest: str
+    seconds: float = 0.0  # that making it took, whenever that was
+    skipped: bool = False  # it had been made before
 
 
 class Stages:
@@ -53,10 +56,17 @@ class Stages:
         return Variant(name, config, digest)
 
     def trained(
-        self, name: str, target: str, job: Job, model: Variant, extra: Mapping[str, Any] | None = None
+        self,
+        name: str,
+        target: str,
+        job: Job,
+        model: Variant,
+        extra: Mapping[str, Any] | None = None,
+        recorder: Recorder | None = None,
     ) -> Variant:
-        """A model that a training run makes; `name` is the stage's, e.g. unlearn/over."""
-        inputs = {**job_inputs(job), "model": model.digest, **(extra or {})}
+        """A model that a training run makes; `name` is the stage's, e.g. unlearn/over. `recorder` keeps more of it."""
+        kept = {} if recorder is None else recorder.inputs()
+        inputs = {**job_inputs(job), "model": model.digest, **kept, **(extra or {})}
         steps = training_steps(job)
 
         def work(folder: Path) -> Mapping[str, Any]:
@@ -71,12 +81,18 @@ class Stages:
                         self.directory.events.write(
                             "train", stage=name, step=step, steps=steps, lr=job.train.lr, **terms
                         )
+                    if recorder is not None:
+                        recorder.write(folder, step, terms)
 
                 def on_look(step: int, values: Mapping[str, float]) -> None:
                     if self.directory is not None:
                         self.directory.events.write("look", stage=name, step=step, **values)
 
-                return train(job, folder, on_step=on_step, on_look=on_look)
+                callbacks = () if recorder is None else recorder.callbacks(folder, job.model)
+                made = train(job, folder, on_step=on_step, on_look=on_look, callbacks=callbacks)
+                if recorder is not None:
+                    recorder.finish(folder)
+                return made
 
         result = self._stage(name, target, inputs, work)
         if "note" in result.outputs and self.directory is not None:
@@ -130,33 +146,79 @@ class Stages:
         made = self._stage(f"samples/{entry.name}", f"samples/{entry.name}", inputs, work)
         return read_samples(made.path, self.resolved)
 
-    def merged(self, variants: Sequence[Variant], base: Variant) -> Variant:
-        """The merge of the specialists, as a whole checkpoint in `model/`."""
+    def merged(self, variants: Sequence[Variant], base: Variant, reference: Variant | None = None) -> Variant:
+        """The merge of the specialists, as a whole checkpoint in `model/`; searched if the recipe says so."""
         from expunge.merging.run import merge_models
 
         merge = self.resolved.recipe.merge
         assert merge is not None
-        inputs = {"merge": merge.model_dump(mode="json"), "models": [v.digest for v in variants], "base": base.digest}
+        # a recipe that does not search has the inputs that it had before there was a search
+        settings = merge.model_dump(mode="json", exclude=None if merge.search else {"search"})
+        inputs = {"merge": settings, "models": [v.digest for v in variants], "base": base.digest}
+        if merge.search is not None:
+            inputs |= self._searched_on(reference)
 
         def work(folder: Path) -> Mapping[str, Any]:
             if process_rank() != 0:
                 return {}
-            count = len(variants)
-            density = merge.density if isinstance(merge.density, list) else [merge.density] * count
+            if merge.search is not None:
+                return self._searched(variants, base, reference, folder)
             with self.reporter.bar("merge", 1) as tick:
                 made = merge_models(
                     [variant.config.id for variant in variants],
                     folder / "out",
                     base=str(resolve_folder(base.config.id)),
                     method=merge.method,
-                    weights=merge.weights or [1.0] * count,
-                    density=density,
+                    weights=merge.weights,
+                    density=merge.density,
                     parameters=merge.parameters,
                 )
                 tick(1)
             return {"statistics": made.statistics}
 
-        return self._variant("merged", self._stage("merge", "model", inputs, work), base)
+        result = self._stage("merge", "model", inputs, work)
+        if "answer" in result.outputs and self.directory is not None:
+            self.directory.note(f"merge: {result.outputs['answer']}")
+            self.reporter.line(f"  merge: {result.outputs['answer']}")
+        return self._variant("merged", result, base)
+
+    def _searched(
+        self, variants: Sequence[Variant], base: Variant, reference: Variant | None, folder: Path
+    ) -> Mapping[str, Any]:
+        """The search of a merge; what was measured stays in the work folder, so that a killed one goes on."""
+        from expunge.merging.inputs import open_inputs
+        from expunge.pipeline.merge_search_run import FOLDER, choose, write_chosen
+        from expunge.pipeline.merge_search_space import Space
+
+        merge, rows = self.resolved.recipe.merge, self.resolved.search
+        assert merge is not None
+        assert rows is not None
+        models, place = [variant.config.id for variant in variants], folder / FOLDER.removeprefix(".")
+        target = str(resolve_folder(base.config.id))
+        opened = open_inputs(models, target)
+        try:
+            beside = None if reference is None else reference.config
+            names = [variant.name for variant in variants]
+            found = choose(Space(merge, len(models)), opened, rows, base.config, beside, place, self.reporter, names)
+        finally:
+            opened.close()
+        with self.reporter.bar("merge", 1) as tick:
+            made = write_chosen(found, models, folder / "out", target, place, {})
+            tick(1)
+        return {"statistics": made.statistics, "answer": found.answer, "met": found.best.met}
+
+    def _searched_on(self, reference: Variant | None) -> dict[str, Any]:
+        """What a search depends on beside the models."""
+        rows, exam = self.resolved.search, self.resolved.asked.exam
+        assert rows is not None
+        return {
+            "rows": {name: rows_digest(some) for name, some in rows.rows.items()},
+            "aims": [str(entry) for entry in (*rows.aims, *rows.keep)],
+            "against": rows.against,
+            "dtype": rows.evaluate.dtype,
+            "convention": exam.convention.name,
+            "reference": reference.digest if reference is not None and rows.needs_reference else None,
+        }
 
     def folded(self, variant: Variant) -> Variant:
         """An adapter folded into its base, as a whole checkpoint in `model/`."""
@@ -236,7 +298,7 @@ class Stages:
 
     def _variant(self, name: str, result: StageResult, parent: Variant) -> Variant:
         config = parent.config.model_copy(update={"id": str(result.path.resolve()), "revision": None})
-        return Variant(name, config, result.digest)
+        return Variant(name, config, result.digest, result.seconds, result.skipped)
 
 
 def model_digest(place: Path) -> str:

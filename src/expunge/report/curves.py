@@ -170,7 +170,7 @@ def _named(name: str, value: float) -> str:
 
 
 def forest(shown: Forest) -> Markup:
-    """Estimates with intervals below each other; what lies left of the line passes."""
+    """Estimates with intervals below each other; the side of the line that passes is shaded."""
     if not shown.rows:
         return Markup("")
     left = min(230.0, 18 + max(svg.text_width(row.name, 13) for row in shown.rows))
@@ -180,7 +180,7 @@ def forest(shown: Forest) -> Markup:
     x = svg.Scale(*svg.domain([*known, shown.threshold, 0.0]), left, width - 20)
     at = x(shown.threshold)
     parts = [
-        svg.rect(left, top, at - left, bottom - top, "band pass"),
+        svg.rect(*((at, top, x.end - at) if shown.above else (left, top, at - left)), bottom - top, "band pass"),
         svg.axis_x(x, bottom, svg.ticks(x.low, x.high, 6), top),
         svg.line(at, top, at, bottom, "threshold"),
     ]

@@ -21,6 +21,7 @@ _EYEBROWS = {
     "calibration": "Calibration",
     "evaluation": "Evaluation",
     "audit": "Audit of metrics",
+    "search": "Search of a merge",
 }
 _FOOTERS = {
     "study": "the numbers stand in study.json and trials.parquet, every token's in trials/",
@@ -28,6 +29,7 @@ _FOOTERS = {
     "calibration": "the numbers stand in calibration.json",
     "evaluation": "the numbers stand in metrics.json, every row's in values.parquet, every token's in scores/",
     "audit": "the numbers stand in audit.json",
+    "search": "the numbers stand in search.json, what was written in merge.json",
 }
 
 
@@ -47,15 +49,15 @@ def told_record(folder: Path, info: dict[str, Any]) -> RunRecord:
     return replace(record, info={**info, **record.info}, recipe_text="")
 
 
-def write_page(folder: Path, document: Document, record: RunRecord) -> Path:
-    """Write `report.html` into the folder; what makes the page too large is left out, and that is said."""
+def write_page(folder: Path, document: Document, record: RunRecord, name: str = NAME) -> Path:
+    """Write the page `name` into the folder; what makes the page too large is left out, and that is said."""
     html = render(document, record)
     for leave_out in ("texts", "folded"):
         if len(html) < MAX_BYTES:
             break
         document = _without(document, leave_out)
         html = render(document, record)
-    path = Path(folder) / NAME
+    path = Path(folder) / name
     write_bytes(path, html)
     return path
 

@@ -1,14 +1,26 @@
-"""The figures of documents: heat map over a grid, profile over layers, plane. Numbers in, SVG text out."""
+"""The figures of documents: heat maps, profile over layers, plane. Numbers in, SVG text out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from expunge.report import curves, svg
 from expunge.report.document import Section
-from expunge.report.figure_data import AnyFigure, Curves, Distributions, Forest, HeatMap, Plane, Profile, Roc, Scatter
+from expunge.report.figure_data import (
+    AnyFigure,
+    Curves,
+    Distributions,
+    Forest,
+    Heat,
+    HeatMap,
+    Plane,
+    Profile,
+    Roc,
+    Scatter,
+)
 from expunge.report.figures import Point, trade_off
 from expunge.report.text import compact, human, number
 
@@ -95,6 +107,73 @@ def _said(shown: HeatMap) -> str:
     return said
 
 
+#: Steps of colour in the legend of a heat map without numbers.
+_STEPS = 24
+
+
+def heat(shown: Heat) -> Markup:
+    """Many small cells; their numbers show under the pointer, and a legend has the ends of the scale."""
+    if not any(value is not None for line in shown.values for value in line):
+        return Markup("")
+    left = min(170.0, 12 + max((svg.text_width(name, 14) for name in shown.rows), default=0.0))
+    wide, high, top = max(8.0, min(34.0, 420.0 / max(1, len(shown.columns)))), 20.0, 44.0
+    right, bottom = left + wide * len(shown.columns), top + high * len(shown.rows)
+    parts = _legend(shown, max(left, right - 168), right)
+    for row, name in enumerate(shown.rows):
+        parts.append(svg.label(left - 7, top + (row + 0.5) * high + 4, name, "end", "tick"))
+    every = _every(shown.columns, wide)
+    first = next((place for place, name in enumerate(shown.columns) if name.isdigit()), 0)
+    for column, name in enumerate(shown.columns):
+        if column < first or (column - first) % every == 0:
+            parts.append(svg.label(left + (column + 0.5) * wide, bottom + 15, name, "middle", "tick"))
+    for row, line in enumerate(shown.values):
+        for column, value in enumerate(line):
+            where = f"{shown.column_name} {shown.columns[column]}, {shown.rows[row]}: "
+            words = where + ("not measured" if value is None else f"{shown.measure} {number(value)}")
+            box = (left + column * wide + 0.5, top + row * high + 0.5, wide - 1, high - 1)
+            parts.append(svg.group(_shaded(shown, value, box), title=words))
+    parts.append(svg.label((left + right) / 2, bottom + 34, shown.column_name, "middle", "axis-name"))
+    parts.append(svg.label(0, 13, shown.row_name, class_="axis-name"))
+    known = [value for line in shown.values for value in line if value is not None]
+    said = (
+        f"{shown.measure} over {shown.row_name} and {shown.column_name}, {number(min(known))} to {number(max(known))}"
+    )
+    return svg.picture(right + 12, bottom + 42, f"{shown.title}: {said}", *parts, class_="figure heat-map heat")
+
+
+def _legend(shown: Heat, start: float, end: float) -> list[Markup]:
+    """The scale from low to high above the cells, with its ends and its middle."""
+    wide, parts = (end - start) / _STEPS, []
+    for step in range(_STEPS):
+        value = shown.low + (step + 0.5) / _STEPS * (shown.high - shown.low)
+        parts.append(_shaded(shown, value, (start + step * wide, 6, wide + 0.3, 9), 0))
+    scale = svg.Scale(shown.low, shown.high, start, end)
+    parts.append(svg.label(start, 29, compact(shown.low, 2), class_="tick"))
+    parts.append(svg.label(end, 29, compact(shown.high, 2), "end", "tick"))
+    if shown.middle is not None and start + 30 < scale(shown.middle) < end - 30:
+        parts.append(svg.label(scale(shown.middle), 29, compact(shown.middle, 2), "middle", "tick"))
+    return [svg.group(*parts, title=f"{shown.measure}: from {compact(shown.low)} to {compact(shown.high)}")]
+
+
+def _shaded(shown: Heat, value: float | None, box: tuple[float, float, float, float], rx: float = 1.5) -> Markup:
+    if value is None:
+        return svg.rect(*box, "band", rx)
+    if shown.middle is None:
+        depth, colour = svg.Scale(shown.low, shown.high, 0, 1)(value), "low" if shown.turned else "high"
+    else:
+        end = shown.high if value >= shown.middle else shown.low
+        depth = svg.Scale(0, abs(end - shown.middle), 0, 1)(abs(value - shown.middle)) if end != shown.middle else 0.0
+        colour = "high" if (value >= shown.middle) != shown.turned else "low"
+    sides = dict(zip(("x", "y", "width", "height"), box, strict=True))
+    return svg.element("rect", **sides, rx=rx, class_=f"cell {colour}", style=f"--v:{depth:.3f}")
+
+
+def _every(names: Sequence[str], wide: float) -> int:
+    """Each how many-th column carries its name, so that none touches the next."""
+    needed = max((svg.text_width(name, 12) for name in names), default=0.0) + 6
+    return next((step for step in (1, 2, 5, 10, 20, 50) if step * wide >= needed), 100)
+
+
 def profile(shown: Profile) -> Markup:
     """Curves over positions, with dots where the study looked; logarithmic where the values span much."""
     width, height, right = 520.0, 300.0, 62.0
@@ -143,6 +222,8 @@ def draw(figure: AnyFigure) -> Markup:
     """The picture of a figure; nothing where it has no numbers."""
     if isinstance(figure, HeatMap):
         return heat_map(figure)
+    if isinstance(figure, Heat):
+        return heat(figure)
     if isinstance(figure, Profile):
         return profile(figure)
     if isinstance(figure, Plane):

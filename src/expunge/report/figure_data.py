@@ -12,7 +12,7 @@ Cell = tuple[int, int]  # row, column
 #: The part that a model plays; it decides colour and shape. The reference is the control: its lines are dashed.
 Role = Literal["result", "specialist", "target", "reference", "original", "other"]
 #: What a curve may be beside a model: a measure on rows to forget, the same asked in other words, on rows to keep.
-LineRole = Role | Literal["forget", "paraphrase", "retain"]
+LineRole = Role | Literal["forget", "paraphrase", "retain", "retain_paraphrase"]
 Scaling = Literal["linear", "log", "even"]
 
 
@@ -38,6 +38,33 @@ class HeatMap(_Figure):
     failed: list[Cell] = Field(default_factory=list, description="cells whose training broke off")
     uninformative: list[Cell] = Field(default_factory=list, description="cells that say nothing: grey, with a number")
     best: Cell | None = None
+
+
+class Heat(_Figure):
+    """One measure over many small cells without numbers, with a legend of its colours; None: not measured.
+
+    Shades run over [low, high], what lies outside has the last one; where `middle` is given, two colours part there.
+    """
+
+    kind: Literal["heat"] = "heat"
+    measure: str
+    row_name: str
+    rows: list[str]
+    column_name: str
+    columns: list[str]
+    values: list[list[float | None]]  # rows × columns
+    low: float = 0.0
+    high: float = 1.0
+    middle: float | None = Field(None, description="above it one colour, below it another")
+    turned: bool = Field(False, description="the colours change sides: for a measure that is better when it is low")
+
+    @model_validator(mode="after")
+    def _rectangular(self) -> Heat:
+        if len(self.values) != len(self.rows) or any(len(line) != len(self.columns) for line in self.values):
+            raise ValueError(f"heat map {self.title}: values are not rows × columns")
+        if not self.low <= (self.low if self.middle is None else self.middle) <= self.high:
+            raise ValueError(f"heat map {self.title}: the middle does not lie between low and high")
+        return self
 
 
 class Profile(_Figure):
@@ -129,6 +156,7 @@ class Forest(_Figure):
     rows: list[Stretch]
     threshold: float
     threshold_name: str = "threshold"
+    above: bool = Field(False, description="what lies right of the line passes, not what lies left of it")
 
 
 class Sample(Frozen):
@@ -197,5 +225,5 @@ class Scatter(_Figure):
     spearman: float | None = None
 
 
-AnyFigure = HeatMap | Profile | Plane | Curves | Forest | Distributions | Roc | Scatter
+AnyFigure = HeatMap | Heat | Profile | Plane | Curves | Forest | Distributions | Roc | Scatter
 Figure = Annotated[AnyFigure, Field(discriminator="kind")]

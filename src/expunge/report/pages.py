@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from expunge.report import attack_record, calibration_record, evaluation_page
+from expunge.report import attack_record, calibration_record, evaluation_page, search_record
 from expunge.report.attack_page import attack_document
 from expunge.report.build import build_report
 from expunge.report.calibration_page import calibration_document
 from expunge.report.document import AUDIT, STUDY, Document, read_document
 from expunge.report.document_page import build_document_report, told_record, write_page
 from expunge.report.records import RunRecord
+from expunge.report.search_page import write_search_page
 
 
 def build_page(folder: Path) -> tuple[Path, str]:
@@ -22,6 +23,9 @@ def build_page(folder: Path) -> tuple[Path, str]:
     for name in (STUDY, AUDIT):
         if (folder / name).is_file():
             return build_document_report(folder, name), read_document(folder, name).answer
+    if search_record.holds_search(folder):  # beside a merged model: the page has a name of its own
+        search = search_record.read_search(folder)
+        return write_search_page(folder, search), search.answer
     found = _document(folder)
     if found is None:
         return build_report(folder), ""

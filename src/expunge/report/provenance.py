@@ -81,9 +81,14 @@ def in_words(record: RunRecord) -> list[tuple[str, str]]:
         merge = recipe.merge
         names = merge.models or [entry.name for entry in recipe.unlearn]
         density = merge.density if isinstance(merge.density, list) else [merge.density]
-        words = f"{merge.method} of {listed(names)}, density {', '.join(map(compact, density))}"
-        words += f", weights {', '.join(map(compact, merge.weights))}" if merge.weights else ""
-        lines.append(("Merge", words + _parameters(merge.parameters)))
+        words = f"{merge.method} of {listed(names)}, density {', '.join(map(_per_tensor, density))}"
+        words += f", weights {', '.join(map(_per_tensor, merge.weights))}" if merge.weights else ""
+        words += _parameters(merge.parameters)
+        if merge.search:
+            among = merge.search.methods or list(dict.fromkeys([merge.method, "linear"]))
+            words = f"{listed(names)} by {listed(among)}: {', '.join(merge.search.over)} chosen in "
+            words += f"{plural(merge.search.trials, 'trial')} (model/search.html), seed {merge.search.seed}"
+        lines.append(("Merge", words))
     measured = f"scores in {recipe.evaluate.dtype}; {grouped(recipe.evaluate.bootstrap)} bootstrap resamples"
     generate = recipe.evaluate.generate
     measured += (
@@ -143,6 +148,11 @@ def _tokens(tokens: TokenSelection) -> str:
 def _named(model: str) -> str:
     """A variant, hub id or alias as it is; of a path the last part: where it stands is nobody's business."""
     return Path(model).name if Path(model).is_absolute() or model.startswith((".", "~")) else model
+
+
+def _per_tensor(value: Any) -> str:
+    """A number, or what stands for numbers that differ between tensors."""
+    return compact(value) if isinstance(value, int | float) else str(value)
 
 
 def _parameters(parameters: Mapping[str, Any]) -> str:

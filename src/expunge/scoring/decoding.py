@@ -101,7 +101,8 @@ class _Batch:
 
 class Decoding:
     """Continues rows, at most `batch_size` of them at a time; the order in which they are given does not matter for
-    what they say. `ended(row, said)` is asked after each token, `done(n)` is told of rows that have ended."""
+    what they say. `ended(row, said)` is asked after each token, `done(n)` is told of rows that have ended, and `begun`
+    is what each has said already, which `read` has behind its prompt."""
 
     def __init__(
         self,
@@ -111,10 +112,11 @@ class Decoding:
         ended: Callable[[int, list[int]], bool],
         limits: Sequence[int],
         done: Callable[[int], None],
+        begun: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.model, self.read, self.choose = model, read, choose
         self.ended, self.limits, self.done = ended, limits, done
-        self.said: list[list[int]] = [[] for _ in limits]
+        self.said: list[list[int]] = [[] for _ in limits] if begun is None else [list(said) for said in begun]
         self.running = [True] * len(limits)
 
     def run(self, queue: Sequence[int], batch_size: int) -> list[list[int]]:

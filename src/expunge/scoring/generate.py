@@ -65,6 +65,7 @@ def generate(
     progress: Callable[[int], None] | None = None,
     margin: int | None = None,
     sampling: Sampling | None = None,
+    known: pa.Table | None = None,
 ) -> pa.Table:
     """The GENERATIONS table of `rows`, in their order: greedy, whatever sampling defaults the model brings along.
 
@@ -75,7 +76,9 @@ def generate(
     A row ends at EOS, at any end token that the model declares, at its own terminator, or after `max_new_tokens`.
     With `margin`, a row also ends when it is `margin` tokens longer than its answer: cheaper for models that ramble,
     but it raises their ROUGE-L F1 (less of what is wrong is seen) and can lower recall. `new_tokens` leaves the
-    terminator out. Raises UserError if a prompt fills the model's context.
+    terminator out. `known` is the SCORES table of the same rows under the same model: the first tokens of an answer
+    that are all likeliest there are what greedy decoding says, and are not decoded again. Raises UserError if a prompt
+    fills the model's context.
     """
     inner = unwrap(model)
     count = 1 if sampling is None else sampling.count
@@ -90,11 +93,22 @@ def generate(
     if sampling is not None:
         ids = [row.example.id for row in prompts]
         draw = Drawing(lambda row: _uniforms(sampling.seed, ids[row], candidates[row], limits[row]), sampling)
-    writer = _Writer(inner, prompts, limits, draw, _end_tokens(inner, tokenizer), _pad_id(tokenizer))
+    drafts = verified(rows, prompts, known) if known is not None and sampling is None else [[] for _ in prompts]
+    writer = _Writer(inner, prompts, limits, draw, _end_tokens(inner, tokenizer), _pad_id(tokenizer), drafts)
     with torch.inference_mode(), evaluating(model):
         said = writer.write(batch_size, progress or (lambda _: None))
     outputs = [_cut(tokens, writer.ends, row.terminator_ids) for tokens, row in zip(said, prompts, strict=True)]
     return _table(asked, prompts, candidates, outputs, tokenizer, max_new_tokens)
+
+
+def verified(rows: Sequence[Encoded], prompts: Sequence[Encoded], known: pa.Table) -> list[list[int]]:
+    """Per prompt, the tokens behind it that the SCORES table of its row shows to be said, greedily, from the first."""
+    drafts = []
+    for row, prompt, hits in zip(rows, prompts, known.column("hit").to_pylist(), strict=True):
+        said = hits[prompt.prompt_tokens - row.prompt_tokens :]
+        count = said.index(False) if False in said else len(said)
+        drafts.append(prompt.input_ids[prompt.prompt_tokens : prompt.prompt_tokens + count].tolist())
+    return drafts
 
 
 class Drawing:
@@ -123,31 +137,56 @@ class _Writer:
         draw: Drawing | None,
         ends: list[int],
         pad_id: int,
+        drafts: Sequence[Sequence[int]],
     ) -> None:
-        self.model, self.prompts, self.limits, self.draw = model, prompts, limits, draw
+        self.model, self.limits, self.draw = model, limits, draw
         self.ends, self.pad_id = ends, pad_id
+        self.terminators = [prompt.terminator_ids for prompt in prompts]
+        self.begun = [self._begun(row, draft) for row, draft in enumerate(drafts)]
+        self.prompts = [
+            prompt.after(0, prompt.prompt_tokens + len(said)) if said else prompt
+            for prompt, said in zip(prompts, self.begun, strict=True)
+        ]
+        self.open = [row for row, said in enumerate(self.begun) if not self._done(row, said)]
         self.device = next(model.parameters()).device
         self.prefix = SharedPrefix()
 
     def write(self, batch_size: int, progress: Callable[[int], None]) -> list[list[int]]:
         """What is said after each prompt."""
+        progress(len(self.prompts) - len(self.open))
+        prompts = [self.prompts[row] for row in self.open]
         # a mask with holes moves positions as `transformers` counts them
-        if any(row.hidden is not None for row in self.prompts) or not continues_prompts(self.model):
-            said: list[list[int]] = [[] for _ in self.prompts]
-            for index in generation_batches(self.prompts, batch_size):
+        if any(row.hidden is not None for row in prompts) or not continues_prompts(self.model):
+            said = [list(tokens) for tokens in self.begun]
+            for places in generation_batches(prompts, batch_size):
+                index = [self.open[place] for place in places]
                 for row, tokens in zip(index, self._by_transformers(index), strict=True):
-                    said[row] = tokens
+                    said[row] += tokens
                 progress(len(index))
             return said
         narrow = window(self.model)
-        longest = max(
-            (row.prompt_tokens + limit for row, limit in zip(self.prompts, self.limits, strict=True)), default=0
-        )
+        longest = max((self.prompts[row].prompt_tokens + self._left(row) for row in self.open), default=0)
         if narrow is None or longest <= narrow:  # else padding behind the prefix would push it out too early
-            self.prefix = shared_prefix(self.model, self.prompts, self.device)
-        decoding = Decoding(self.model, self._read, self._choose, self._ended, self.limits, progress)
-        queue = sorted(range(len(self.prompts)), key=lambda i: (-self.prompts[i].prompt_tokens, i))
+            self.prefix = shared_prefix(self.model, prompts, self.device)
+        decoding = Decoding(self.model, self._read, self._choose, self._ended, self.limits, progress, self.begun)
+        queue = sorted(self.open, key=lambda i: (-self.prompts[i].prompt_tokens, i))
         return decoding.run(queue, batch_size)
+
+    def _begun(self, row: int, draft: Sequence[int]) -> list[int]:
+        """The draft up to where decoding would have ended."""
+        said: list[int] = []
+        for token in draft:
+            if self._done(row, said):
+                break
+            said.append(token)
+        return said
+
+    def _left(self, row: int) -> int:
+        """How many tokens the row may still say."""
+        return self.limits[row] - len(self.begun[row])
+
+    def _done(self, row: int, said: list[int]) -> bool:
+        return len(said) >= self.limits[row] or (bool(said) and self._ended(row, said))
 
     def _read(self, rows: list[int]) -> tuple[Prompts, list[int]]:
         """The prompts of rows, each once, in pieces of like length that keep the processor busy."""
@@ -176,14 +215,14 @@ class _Writer:
         return logits.argmax(-1) if self.draw is None else self.draw(rows, steps, logits)
 
     def _ended(self, row: int, said: list[int]) -> bool:
-        own = self.prompts[row].terminator_ids
+        own = self.terminators[row]
         return said[-1] in self.ends or (bool(own) and said[-len(own) :] == own)
 
     def _by_transformers(self, index: list[int]) -> list[list[int]]:
         rows = [self.prompts[i] for i in index]
         input_ids, attention_mask = pad_left_prompts(rows, self.pad_id)
         width = input_ids.shape[1]
-        limit = min(max(self.limits[i] for i in index), _room(self.model, max(rows, key=lambda row: row.prompt_tokens)))
+        limit = min(max(map(self._left, index)), _room(self.model, max(rows, key=lambda row: row.prompt_tokens)))
         config = GenerationConfig(
             do_sample=False,
             num_beams=1,
@@ -201,7 +240,7 @@ class _Writer:
                 logits_processor=LogitsProcessorList([_Drawn(self, index, width)] if self.draw else []),
             )
         new: list[list[int]] = sequences[:, width:].tolist()
-        return [tokens[: self.limits[i]] for i, tokens in zip(index, new, strict=True)]
+        return [tokens[: self._left(i)] for i, tokens in zip(index, new, strict=True)]
 
 
 class _Ended(StoppingCriteria):
@@ -214,7 +253,7 @@ class _Ended(StoppingCriteria):
         """bool [B]: the rows that have ended."""
         said = input_ids[:, self.width :].tolist()
         done = [
-            len(tokens) >= self.writer.limits[row] or self.writer._ended(row, tokens)
+            self.writer._done(row, self.writer.begun[row] + tokens)
             for row, tokens in zip(self.index, said, strict=True)
         ]
         return torch.tensor(done, device=input_ids.device)
