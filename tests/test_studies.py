@@ -208,10 +208,12 @@ def test_recipes_load_again_and_teach_the_benchmark_alone(name: str) -> None:
     assert taught.prepare is not None
     assert taught.prepare.train.epochs == 3
     assert (taught.data.benchmark, taught.evaluate.generate) == ("fictitious", None)
-    given = {"model": "tiny", "forget": "f.jsonl", "retain": "r.jsonl", "reference": "clean"}
+    given = {"model": "tiny", "forget": "f.jsonl", "retain": "r.jsonl"} | (
+        {"reference": "clean"} if chosen.reference else {}
+    )
     own = study_recipe(chosen, build_options(chosen, given), [])
     assert own.prepare is None
-    assert own.reference is not None
+    assert (own.reference is not None) == chosen.reference
     for recipe in (taught, own):
         assert load_recipe(recipe.model_dump(mode="json")) == recipe
 
@@ -223,6 +225,9 @@ def test_recipes_load_again_and_teach_the_benchmark_alone(name: str) -> None:
         ("rmu_layers", "unlearn.trial.method=npo"),
         ("objectives", "unlearn.0.train.lr=1e-5"),
         ("objectives", "merge.method=ties"),
+        ("zjuklab", "unlearn.trial.retain.kl=1"),
+        ("zjuklab", "unlearn.trial.train.lr=1e-3"),
+        ("zjuklab", "unlearn.trial.lora.rank=4"),
     ],
 )
 def test_what_the_study_sets_itself_can_not_be_set(name: str, override: str) -> None:

@@ -80,6 +80,8 @@ class Study:
     entry: Callable[[Any], Mapping[str, Any]]  # options → the unlearn entry that all trials start from
     fixed: tuple[str, ...]  # fields of that entry that the study itself sets
     run: Callable[[Ground, Any], Document]
+    reference: bool = True  # whether a model without the forget rows is taught beside the target
+    recipe: Callable[[Any, dict[str, Any]], None] | None = None  # the study's own changes to the recipe's tree
 
     def describe(self) -> dict[str, str]:
         """Label → text, for `expunge list studies` and the docs."""
@@ -102,11 +104,14 @@ def study(
     options: type[StudyOptions],
     entry: Callable[[Any], Mapping[str, Any]],
     fixed: Sequence[str],
+    reference: bool = True,
+    recipe: Callable[[Any, dict[str, Any]], None] | None = None,
 ) -> Callable[[Callable[[Ground, Any], Document]], Callable[[Ground, Any], Document]]:
     """Decorator that files a program over trials as the study `name`."""
 
     def file(run: Callable[[Ground, Any], Document]) -> Callable[[Ground, Any], Document]:
-        STUDIES.register(name)(Study(name, summary, paper, estimate, options, entry, tuple(fixed), run))
+        made = Study(name, summary, paper, estimate, options, entry, tuple(fixed), run, reference, recipe)
+        STUDIES.register(name)(made)
         return run
 
     return file
@@ -175,6 +180,8 @@ def study_recipe(chosen: Study, options: StudyOptions, overrides: Sequence[str])
             "metrics": ["extraction_strength"],
         },
     }
+    if chosen.recipe is not None:
+        chosen.recipe(options, tree)
     return load_recipe(tree, overrides=overrides)
 
 

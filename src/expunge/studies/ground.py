@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from expunge.data.encode import Encoded
     from expunge.pipeline.progress import Reporter
     from expunge.pipeline.resolve import Resolved
+    from expunge.pipeline.snapshots import Recorder
     from expunge.pipeline.stages import Stages, Variant
     from expunge.pipeline.trials import TrialResult
     from expunge.recipe import Recipe, TokenSelection, UnlearnConfig
@@ -131,6 +132,8 @@ class Ground:
         given = stages.given("original" if recipe.prepare else "target", recipe.model)
         found = {given.name: given}
         for name, (_, job) in prepare_jobs(self.whole).items():
+            if name == "reference" and not self.study.reference:
+                continue
             found[name] = stages.trained(f"prepare/{name}", f"models/{name}", job, given)
         if recipe.reference is not None:
             found["reference"] = stages.given("reference", recipe.reference)
@@ -189,6 +192,11 @@ class Ground:
         )
         self.stages.reporter.line(line)
 
+    def time_is_up(self) -> bool:
+        """Whether no trial may begin any more (`--minutes`)."""
+        limit = self.options.minutes
+        return limit is not None and time.monotonic() - self.began > 60 * limit
+
     def run(self, trials: Sequence[Planned]) -> list[Outcome]:
         """Make the trials in order; those that were made before are found. Stops where the time is used up."""
         made = []
@@ -196,8 +204,7 @@ class Ground:
             if trial.name in self.outcomes:
                 made.append(self.outcomes[trial.name])
                 continue
-            limit = self.options.minutes
-            if limit is not None and time.monotonic() - self.began > 60 * limit:
+            if self.time_is_up():
                 break
             made.append(self._run(trial))
         return made
@@ -211,18 +218,31 @@ class Ground:
 
     def checkpoint(self, trial: Planned) -> Variant | None:
         """A trial whose model is kept, in `zoo/`, for what is to be done to it; None if its training broke off."""
-        from expunge.pipeline.trainer import DivergedError
         from expunge.pipeline.trials import run_trial
 
-        inner, place = self._inner(trial), f"zoo/{trial.name}"
+        made = self.trained(trial, f"zoo/{trial.name}")
+        if made is not None:
+            self._told(run_trial(self._inner(trial), trial.name, made, self.rows), trial)
+        return made
+
+    def trained(self, trial: Planned, place: str, recorder: Recorder | None = None) -> Variant | None:
+        """The model of a trial, kept in `place`; None, and a remark, if its training broke off."""
+        from expunge.pipeline.trainer import DivergedError
+
+        inner = self._inner(trial)
         job = inner.job(trial.entry, self.variants["target"], self._lacking)
         try:
-            made = inner.trained(place, place, job, self.variants["target"])
+            return inner.trained(place, place, job, self.variants["target"], recorder=recorder)
         except DivergedError as error:
             self.remarks.append(f"{trial.name} broke off: {error.message}")
             return None
-        self._told(run_trial(inner, trial.name, made, self.rows), trial)
-        return made
+
+    def steps(self, entry: UnlearnConfig) -> int:
+        """Optimizer steps of the training that an entry asks for."""
+        from expunge.pipeline.entries import unlearn_job
+        from expunge.pipeline.stages import training_steps
+
+        return training_steps(unlearn_job(self._resolved(entry), entry, self.whole.recipe.model))
 
     def _inner(self, trial: Planned) -> Stages:
         """The stages of one trial, with its objective built."""

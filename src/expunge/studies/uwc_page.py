@@ -11,11 +11,12 @@ from expunge.report import audit_page
 from expunge.report.attack_record import AttackRecord
 from expunge.report.calibration_record import Calibration
 from expunge.report.document import Column, Document, Section, Table, TableCell, TableRow
-from expunge.report.figure_data import Curves, Forest, Line, Stretch
-from expunge.report.text import human, interval, number, plural
+from expunge.report.figure_data import Curves, Line
+from expunge.report.text import human, number, plural
 from expunge.studies import trends
 from expunge.studies.rules import spread
 from expunge.studies.trends import Trend
+from expunge.studies.trends_page import deviating, forest, table
 
 if TYPE_CHECKING:
     from expunge.studies.ground import Ground
@@ -82,7 +83,7 @@ def document(
         },
         settings={"Attacks": ", ".join(options.attacks), "Seed": str(options.seed)},
         sections=[
-            Section(title="What should be seen", figures=[_forest(claims)], tables=[_claims_table(claims)]),
+            Section(title="What should be seen", figures=[forest(claims)], tables=[table(claims)]),
             Section(
                 title="Before and after calibration",
                 lead="Extraction strength, mean ± standard deviation over seeds; retain: validation rows that no trial "
@@ -168,11 +169,11 @@ def calibration_table(groups: Sequence[Group], options: Uwc) -> Table:
     rows = []
     for group in groups:
         cells = [TableCell(text=human(group.method)), TableCell(text=str(group.steps))]
-        cells += [_cell(group.over(read)) for read in reads]
+        cells += [deviating(group.over(read)) for read in reads]
         if group.over(_calibrated_forget)[0] == least:
             cells[5] = cells[5].model_copy(update={"shade": "best"})
         areas = [found.area for found in group.calibrations if found.area is not None]
-        cells.append(_cell(spread(areas)) if areas else TableCell(text="–"))
+        cells.append(deviating(spread(areas)) if areas else TableCell(text="–"))
         rows.append(TableRow(cells=cells))
     return Table(columns=columns, rows=rows, notes=[f"α* is found to {options.epsilon:g}."])
 
@@ -216,43 +217,6 @@ def results(groups: Sequence[Group], claims: Sequence[Trend], found: audit_page.
         "trends": [{**vars(one), "shown": one.shown} for one in claims],
         **audit_page.results(found),
     }
-
-
-def _forest(claims: Sequence[Trend]) -> Forest:
-    rows = [
-        Stretch(name=one.label, value=one.value, low=one.low, high=one.high, state=one.shown, hint=one.claim)
-        for one in claims
-        if one.value is not None
-    ]
-    return Forest(
-        title="Trends", x_name="estimate; above 0 as expected", rows=rows, threshold=0.0, threshold_name="no effect"
-    )
-
-
-def _claims_table(claims: Sequence[Trend]) -> Table:
-    columns = [
-        Column(label="Expected", number=False),
-        Column(label="Measured as", number=False),
-        Column(label="Estimate"),
-        Column(label="Shown", number=False),
-    ]
-    rows = [
-        TableRow(
-            cells=[
-                TableCell(text=one.claim),
-                TableCell(text=one.measured),
-                TableCell(text=number(one.value), under=interval(one.low, one.high)),
-                TableCell(text=one.shown),
-            ]
-        )
-        for one in claims
-    ]
-    return Table(columns=columns, rows=rows)
-
-
-def _cell(over: tuple[float, float | None]) -> TableCell:
-    mean, deviation = over
-    return TableCell(text=number(mean), under="" if deviation is None else f"± {number(deviation)}")
 
 
 def _raw_forget(found: Calibration) -> float:
