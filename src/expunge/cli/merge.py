@@ -56,6 +56,7 @@ Parameters = Annotated[
     list[str] | None,
     typer.Option("--set", help="a parameter of the method, e.g. scale=0.9; in a search also evaluate.* and data.*"),
 ]
+Rank = Annotated[int | None, typer.Option("--rank", help="write a LoRA adapter of this rank instead", min=1)]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or auto: where tensors are merged")]
 
 
@@ -72,6 +73,7 @@ def merge(
     weights: Weights = None,
     set_: Parameters = None,
     device: Device = "auto",
+    rank: Rank = None,
     search: Annotated[bool, _option("--search", "choose weights, density, scale and method on rows")] = False,
     line: Annotated[bool | None, _option("--line/--no-line", "only the line between two models, by bisection")] = None,
     aim: Annotated[list[str] | None, _option("--aim", "SPLIT:METRIC=VALUE, e.g. forget:mia_loss=0.5")] = None,
@@ -106,7 +108,7 @@ def merge(
         "method": method,
         "weights": None if weights is None else _for_each(_numbers(weights, "--weights"), len(models)),
         "density": None if density is None else _one_or_many(_numbers(density, "--density")),
-        "options": {"device": device},
+        "options": {"device": device, "rank": rank},
     }
     searched = _search(search, line, method, {name: value for name, value in asked.items() if value is not None})
     if searched is None:
@@ -131,7 +133,10 @@ def _plain(models: list[str], output: Path, parts: Mapping[str, Any], sets: list
     if json_:
         print_json(result)
         return
-    typer.echo(f"wrote {result.path}: {result.tensors} tensors in {result.seconds:.1f} s")
+    what = f"{result.tensors} tensors" if result.rank is None else f"an adapter of rank {result.rank}"
+    typer.echo(f"wrote {result.path}: {what} in {result.seconds:.1f} s")
+    if result.relative_error is not None:
+        typer.echo(f"  part of the difference that this rank loses: {result.relative_error:.2%}")
     for model, norm in zip(models, statistics["delta_norms"], strict=True):
         typer.echo(f"  norm of the difference {norm:10.4g}  {model}")
     typer.echo(f"  norm of the difference {statistics['merged_norm']:10.4g}  merged")

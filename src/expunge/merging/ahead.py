@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Lock
 from typing import TypeVar
 
 import torch
@@ -19,7 +21,12 @@ Result = TypeVar("Result")
 
 _MANY = 4
 _IN_ADVANCE = 4  # results per thread that may wait for their turn
-_HUGE = 1 << 22  # bytes from which large pages are worth asking for
+_SMALL = 1 << 18  # bytes below which the allocator does well
+_KEPT = 1 << 26  # bytes that `room` keeps
+_UNUSED = 3  # references to pages while they are looked at: the list's, the loop's and the count's own
+
+_lock = Lock()
+_kept: list[mmap.mmap] = []
 
 
 def processors() -> int:
@@ -71,11 +78,26 @@ def in_order(
 
 
 def room(shape: Sequence[int]) -> Float[Tensor, "*shape"]:
-    """An uninitialised float32 tensor on the CPU; a large one in large pages where the system has them."""
-    # filling fresh memory costs more than the arithmetic on it, page by page of 4 KiB
+    """An uninitialised float32 tensor on the CPU, in memory that was filled before if there is some left.
+
+    Filling fresh memory costs more than the arithmetic on it, because the system first clears it, page by page.
+    """
     nbytes = 4 * math.prod(shape)
-    if nbytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if nbytes < _SMALL or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(tuple(shape), dtype=torch.float32)
+    with _lock:
+        for pages in _kept:
+            if len(pages) == nbytes and sys.getrefcount(pages) == _UNUSED:
+                return torch.frombuffer(pages, dtype=torch.float32).view(tuple(shape))
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages.madvise(mmap.MADV_HUGEPAGE)
+    with _lock:
+        if sum(map(len, _kept)) + nbytes <= _KEPT:
+            _kept.append(pages)
     return torch.frombuffer(pages, dtype=torch.float32).view(tuple(shape))
+
+
+def leave_room() -> None:
+    """Give back the memory that `room` keeps."""
+    with _lock:
+        _kept.clear()

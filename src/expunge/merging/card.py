@@ -27,7 +27,7 @@ _TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_BLOCK = 1 << 20  # bytes that stay in the processor's cache between reading and hashing
+_BLOCK = 1 << 18  # bytes that stay in the processor's cache between reading and hashing
 _WORST = 10  # modules that a card of an adapter names
 
 

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from expunge.errors import UserError
+from expunge.merging.ahead import room
 from expunge.merging.selection import CHUNK
 
 #: (start, end) → what each model contributes to that piece of the flat tensor: models × (end − start), fresh.
@@ -56,7 +57,7 @@ def elect(
     # a factor of 1 changes no bit, and is what most merges have
     weighted_votes, equal = votes == "weighted", all(weight == 1 for weight in weights)
     shares = None if normalize == "count" or all(abs(weight) == 1 for weight in weights) else factors.abs()
-    merged = like.new_empty(like.numel())
+    merged = _space(like)
     for start in range(0, merged.numel(), step):  # in place within a piece, so that all of it stays in the cache
         end = min(start + step, merged.numel())
         values = rows(start, end)
@@ -72,6 +73,11 @@ def elect(
             total.div_(_over_models(agreeing).clamp_(min=_TINY))
         merged[start:end] = total
     return merged.view_as(like)
+
+
+def _space(like: Tensor) -> Float[Tensor, " n"]:
+    """An uninitialised flat tensor of that size, on its device."""
+    return room((like.numel(),)) if like.device.type == "cpu" else like.new_empty(like.numel())
 
 
 def _over_models(values: Float[Tensor, "models n"]) -> Float[Tensor, " n"]:
@@ -98,7 +104,7 @@ def add_up(
     """
     divisor = len(weights) if normalize == "count" else sum_of(weights) if normalize else 1.0
     factors = torch.tensor([weight / divisor for weight in weights], dtype=torch.float32, device=like.device)
-    merged = like.new_empty(like.numel())
+    merged = _space(like)
     for start in range(0, merged.numel(), step):
         end = min(start + step, merged.numel())
         torch.mv(rows(start, end).t(), factors, out=merged[start:end])

@@ -54,6 +54,7 @@ class Merger:
         self.layers = layers_in(self.names)
         for values in (plan.weights, plan.density):
             values.check(self.names)
+        plan.check(self.names)
         if plan.scope == "factor":
             check_factors(opened.models, plan)
         _check_base(opened, plan, self.names, self.layers)

@@ -17,7 +17,8 @@ import torch
 
 from expunge import __version__
 from expunge.errors import UserError
-from expunge.merging.ahead import one_thread_each, processors
+from expunge.merging.adapter_writer import Factorisation, write_adapter
+from expunge.merging.ahead import leave_room, one_thread_each, processors
 from expunge.merging.card import file_digests, model_card, result_config, small_files
 from expunge.merging.inputs import Full, Inputs, open_inputs
 from expunge.merging.merger import Merger
@@ -41,6 +42,8 @@ class MergeResult:
     seconds: float
     tensors: int
     statistics: dict[str, Any]
+    rank: int | None = None  # of the adapter that was written; None: a full checkpoint
+    relative_error: float | None = None  # ‖ΔW − BA‖ / ‖ΔW‖ of that adapter
 
 
 def merge_models(
@@ -56,12 +59,13 @@ def merge_models(
     shard_bytes: int = SHARD_BYTES,
     device: str = "auto",
     beside: Sequence[Path] = (),
+    rank: int | None = None,
 ) -> MergeResult:
     """Merge checkpoints and LoRA adapters into a full checkpoint at `output`, in float32, tensor by tensor.
 
     `weights` are 1 each and `density` is 1 by default; `device` is cpu, cuda or auto, which is cpu: the disk is
-    what takes the time. After a kill or Ctrl-C the same call keeps the finished shards. Raises UserError for what does
-    not fit; then nothing is left.
+    what takes the time. With `rank` the result is a LoRA adapter instead. After a kill or Ctrl-C the same call keeps
+    the finished shards of a checkpoint. Raises UserError for what does not fit; then nothing is left.
     """
     started = time.perf_counter()
     output = Path(output)
@@ -73,6 +77,11 @@ def merge_models(
         check_apart(opened, output)
         statistics = Statistics(len(inputs))
         merger = Merger(opened, plan, statistics, device=place, threads=processors())
+        if rank is not None:
+            made = _write_adapter(merger, statistics, output, rank, progress, beside)
+            found = statistics.summary()
+            count = len(made.modules) + len(made.modules_to_save)
+            return MergeResult(output, time.perf_counter() - started, count, found, made.rank, made.relative_error)
         tensors = merger.tensors
         key = merge_key(opened, plan, f"{place.type}/{shard_bytes}")
         with (
@@ -89,7 +98,27 @@ def merge_models(
             writer.publish(record, model_card(record))
     finally:
         opened.close()
+        leave_room()
     return MergeResult(output, time.perf_counter() - started, len(tensors), statistics.summary())
+
+
+def _write_adapter(
+    merger: Merger, statistics: Statistics, output: Path, rank: int, progress: Progress | None, beside: Sequence[Path]
+) -> Factorisation:
+    total, done = (1 + merger.passes) * sum(info.numel for info in merger.tensors.values()), 0
+
+    def advance(elements: int) -> None:
+        nonlocal done
+        done += elements
+        if progress is not None:
+            progress(min(done, total), total)
+
+    with _digests(merger.opened) as digests:
+
+        def record() -> dict[str, Any]:
+            return _record(merger.opened, merger.plan, statistics, digests.result())
+
+        return write_adapter(merger, output, rank, record, advance=advance, beside=beside)
 
 
 def check_apart(opened: Inputs, output: Path) -> None:
