@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from expunge.merging import selection
-from expunge.merging.ahead import in_order, room
+from expunge.merging.ahead import in_order, leave_room, room
 from expunge.merging.selection import coarse_counts, cut, kept_over_model, trimmed
 
 # ---------------------------------------------------------------- threads
@@ -80,6 +81,24 @@ def test_room_is_a_plain_tensor(shape):
     assert tensor.dtype == torch.float32
     assert tensor.fill_(2.5).eq(2.5).all()
     assert tensor.clone().add_(tensor).eq(5).all()
+
+
+def test_room_is_used_again_only_when_nobody_holds_any_of_it():
+    leave_room()
+    one = room((512, 256)).fill_(1)
+    two = room((512, 256)).fill_(2)
+    assert one.data_ptr() != two.data_ptr()
+    part, place = one[3:5], one.data_ptr()
+    del one
+    three = room((512, 256)).fill_(3)
+    assert three.data_ptr() not in (place, two.data_ptr())
+    assert part.eq(1).all()
+    assert two.eq(2).all()
+    del part
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert room((256, 512)).data_ptr() == place
+    leave_room()
+    assert three.eq(3).all()  # what is held stays
 
 
 # ---------------------------------------------------------------- selection
