@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OLDEST := 3.11
+# a test file is one worker's; several threads in each of several workers would wait for each other
+WORKERS := -n auto --maxprocesses 4 --dist loadfile
+ONE_THREAD := OMP_NUM_THREADS=1
 
 .PHONY: help demo test test-slow test-all check format format-check lint types imports docs docs-check clean distclean
 .DEFAULT_GOAL := help
@@ -15,7 +18,7 @@ demo: $(VENV)/.installed ## teach a small model invented people, remove some, wr
 	$(BIN)/expunge demo
 
 test: $(VENV)/.installed-dev ## the fast tests
-	$(BIN)/python -m pytest
+	$(ONE_THREAD) $(BIN)/python -m pytest $(WORKERS)
 
 test-slow: $(VENV)/.installed-dev ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+#: Below this extraction strength a target is said to hardly know the rows.
+HARDLY = 0.2
+
 
 def harmonic_mean(values: Iterable[float | None]) -> float | None:
     """Harmonic mean of values ≥ 0: 0 as soon as one is 0; None without values, or if one is None or NaN.

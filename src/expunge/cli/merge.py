@@ -110,6 +110,9 @@ def merge(
         "density": None if density is None else _one_or_many(_numbers(density, "--density")),
         "options": {"device": device, "rank": rank},
     }
+    for name, said in (("density", density), ("scale", _said_scale(set_ or []))):
+        if said is not None and name in _ranges(range_ or []):
+            raise UserError(f"--range {name} has nothing to choose: {name} is given", "leave out one of the two")
     searched = _search(search, line, method, {name: value for name, value in asked.items() if value is not None})
     if searched is None:
         _refuse_rows([*_options(asked), *({**given, "reference": reference}).items()])
@@ -221,6 +224,10 @@ def _refuse_rows(given: list[tuple[str, Any]]) -> None:
             raise UserError(f"--{option} is for a search", "add --search, or --line for two models")
 
 
+def _said_scale(sets: list[str]) -> str | None:
+    return next((item for item in sets if item.partition("=")[0] in ("scale", "lambda")), None)
+
+
 def _ranges(items: list[str]) -> dict[str, tuple[float, float]]:
     found = {}
     for item in items:
@@ -230,6 +237,8 @@ def _ranges(items: list[str]) -> dict[str, tuple[float, float]]:
             if name not in ("density", "scale"):
                 raise ValueError(name)
             found[name] = (float(low), float(high))
+            if name == "density" and not 0 < found[name][0] < found[name][1] <= 1:
+                raise UserError(f"--range {item}: densities are above 0, at most 1", "e.g. --range density=0.2:0.9")
         except ValueError:
             raise UserError(f"--range {item} is not of the form NAME=LOW:HIGH", "e.g. --range scale=0.5:2") from None
     return found

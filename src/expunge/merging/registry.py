@@ -64,12 +64,15 @@ class Merge:
         except ValidationError as error:
             problems, hints = [], []
             for item in error.errors():
-                place = ".".join(str(part) for part in item["loc"][:1])
+                place = str(item["loc"][0])
+                place = "scale" if place == "lambda" else place
                 if item["type"] == "extra_forbidden":
                     problems.append(f"unknown parameter '{place}'")
                     hints.append(did_you_mean(place, self.parameters.model_fields))
                 else:
-                    problems.append(f"{place}: {item['msg']} (not {item['input']!r})")
+                    valid = _kind(self.parameters.model_fields[place]).removesuffix(" | none")
+                    valid = f"finite {valid}" if item["type"] == "finite_number" else valid
+                    problems.append(f"{place} is {_plain(item['input'])}, which is not: {valid}")
             hint = "; ".join(hints) or f"see: expunge list merges {self.name}"
             raise UserError(f"merge method {self.name}: {'; '.join(dict.fromkeys(problems))}", hint) from None
         return checked.model_dump()

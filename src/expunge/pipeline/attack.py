@@ -25,8 +25,9 @@ from expunge.models.drift import open_tensors
 from expunge.models.files import is_adapter
 from expunge.models.load import load_model, resolve_folder
 from expunge.models.save import save_model
+from expunge.numbers import HARDLY
 from expunge.pipeline.asked import Exam, Rows, exam_of, scored_views
-from expunge.pipeline.attack_summary import HARDLY, MODEL, PointShelf, Summary, overall_verdict
+from expunge.pipeline.attack_summary import MODEL, PointShelf, Summary, overall_verdict
 from expunge.pipeline.attacked import FORGET, Attacked, Subject
 from expunge.pipeline.evaluate import LazyModel, measure
 from expunge.pipeline.preflight import check_context, check_same_tokens, open_candidate

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from expunge.attacks.base import Attack, Point
 from expunge.data.example import Splits
 from expunge.metrics.base import METRICS, Resampling, Statistic, bootstrap_interval, example_ids
+from expunge.numbers import HARDLY
 from expunge.pipeline.asked import AT, Exam
 from expunge.pipeline.attacked import FORGET, STRENGTH, Attacked, place
 from expunge.pipeline.evaluate import measure
@@ -26,8 +27,6 @@ MODEL, TARGET, REFERENCE = "model", "target", "reference"
 READABLE = 0.5
 #: What a training on the measured rows has to teach the reference, or else it was too short to be an attack.
 TAUGHT = 0.02
-#: Below this, the target itself hardly knows the rows.
-HARDLY = 0.2
 
 Strengths = Mapping[str, Mapping[str, float]]  # subject → row → strength
 

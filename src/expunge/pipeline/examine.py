@@ -19,6 +19,7 @@ from expunge.data.load import load_splits
 from expunge.errors import UserError
 from expunge.metrics.base import METRICS, Resampling
 from expunge.models.load import resolve_folder
+from expunge.numbers import HARDLY
 from expunge.pipeline.aggregates import official
 from expunge.pipeline.asked import Asked, Exam, ask, exam_of
 from expunge.pipeline.depth import write_layers, write_weights
@@ -42,8 +43,6 @@ from expunge.runs.atomic import disk_errors, write_json
 from expunge.runs.output import check_output, whole_folder
 
 RECORD = "evaluation.json"
-#: Below this extraction strength a target is said to hardly know the rows.
-HARDLY = 0.2
 #: Folder of an unfinished evaluation with a file for each finished pass.
 DONE = ".done"
 

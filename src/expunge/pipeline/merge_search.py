@@ -12,6 +12,7 @@ from typing import Any
 
 from expunge.errors import UserError
 from expunge.metrics.base import METRICS
+from expunge.numbers import HARDLY
 from expunge.pipeline.merge_search_rows import SearchRows
 from expunge.pipeline.merge_search_space import Setting, Space
 from expunge.report.search_record import Estimate, Line, Tried
@@ -74,6 +75,16 @@ class Goal:
     def least(self) -> dict[str, float]:
         """What every constraint wants at least."""
         return {named(keep): keep.part * (self.whole[named(keep)].value or 0.0) for keep in self.rows.keep}
+
+    def unknown(self) -> list[str]:
+        """A sentence per extraction strength of rows to keep that the base hardly has: a part of it says little."""
+        found = {named(keep): self.whole[named(keep)].value or 0.0 for keep in self.rows.keep}
+        return [
+            f"the base's {name} is only {value:.3f}, of which a part says little; was it taught these rows, and with "
+            "this template (--template)?"
+            for name, value in found.items()
+            if name.endswith(":extraction_strength") and value < HARDLY
+        ]
 
     def judged(self, kind: Any, setting: Setting | None, measured: Measured, at: float | None = None) -> Tried:
         """A measured model with its distance from the aims and what it keeps."""
@@ -140,6 +151,7 @@ class Searching:
         if reference is not None:
             self.tried.append(self.goal.judged("reference", None, reference))
         self._spent = sum(one.seconds for one in self.tried)
+        self.notes += self.goal.unknown()
 
     def run(self) -> Found:
         """The inputs alone, the line, the trials. Raises UserError if optuna is wanted and missing."""

@@ -112,7 +112,8 @@ def _check(entry: Aim | Keep, splits: Splits, against: str | None, has_reference
     named = f"{entry.split}:{entry.metric}"
     if entry.split not in splits:
         hint = did_you_mean(entry.split, [split.name for split in splits])
-        raise UserError(f"{named}: there are no rows called {entry.split}", f"{hint}; or give --{entry.split} FILE")
+        flag = f"; or give --{entry.split} FILE" if entry.split in ("forget", "retain", HOLDOUT) else ""
+        raise UserError(f"{named}: there are no rows called {entry.split}", f"{hint}{flag}")
     split = splits[entry.split]
     if split.role not in metric.roles:
         hint = f"it speaks of {', '.join(metric.roles)} rows"

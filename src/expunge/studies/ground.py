@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expunge.errors import UserError
+from expunge.numbers import HARDLY
 from expunge.report.text import duration
 from expunge.studies.base import STUDIES, Study, StudyOptions, StudyResult
 
@@ -29,8 +30,6 @@ METRIC = "extraction_strength"
 SPLITS = ("forget", "retain", "validation", "retain_unseen")
 #: Part of the retain rows that is put aside where a split of its own is missing.
 ASIDE = 0.25
-#: Below this, the target is said to have hardly known the forget rows.
-HARDLY = 0.2
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expunge.studies.ground import HARDLY, Outcome, Strength
+from expunge.numbers import HARDLY
+from expunge.studies.ground import Outcome, Strength
 from expunge.studies.zjuklab_record import OVER, UNDER, Dynamics, Found, Group, Look, Merged, Scores, Specialist, Turn
 from expunge.studies.zjuklab_scores import Pace, Scorer
 from expunge.studies.zjuklab_training import (
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from expunge.studies.zjuklab import Zjuklab
 
 UNSEEN = "retain_unseen"
+#: An over-forgetter that has more than this part of the target's forget strength did not forget.
+UNCHANGED = 0.8
 PAIR = (OVER, UNDER)
 
 
@@ -73,6 +76,7 @@ class Run:
                 self._look_closer(trained)
             if len(trained) == len(PAIR):
                 self._merge(options.seed + number)
+        self._remark_nothing_forgotten(target)
         return Found(
             target,
             self.specialists,
@@ -110,6 +114,15 @@ class Run:
             self.specialists.append(Specialist(name, seed, str(trained.path), trained.steps, scores))
             made[name] = trained
         return made
+
+    def _remark_nothing_forgotten(self, target: Scores) -> None:
+        """A remark where no over-forgetter forgot: then no merge can say anything."""
+        left = [found.scores["forget_es"] for found in self.specialists if found.name == OVER]
+        if left and min(left) > UNCHANGED * target["forget_es"]:
+            self.ground.remarks.append(
+                f"The over-forgetting specialist did not forget: its forget strength is {min(left):.3f}, the target's "
+                f"{target['forget_es']:.3f}. What follows compares models that are nearly the target; raise --rate."
+            )
 
     def _train(self, name: str, seed: int, looks: int = 0) -> Trained | None:
         """A training; None if its time is up or it broke off, which `ground.remarks` says."""
