@@ -24,7 +24,14 @@ pytestmark = pytest.mark.usefixtures("quick_disk")
 
 PAGES = {
     name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-    for name in ("metrics", "attacks", "benchmarks", "design/examination", "design/calibration")
+    for name in (
+        "metrics",
+        "attacks",
+        "benchmarks",
+        "design/examination",
+        "design/calibration",
+        "design/search",
+    )
 }
 ROWS = {name: str(ROOT / "examples" / f"{name}.jsonl") for name in ("forget", "retain")}
 

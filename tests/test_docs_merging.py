@@ -33,7 +33,9 @@ def test_every_merge_has_a_valid_plan(command: str) -> None:
     given = dict(zip(words[len(models) :: 2], words[len(models) + 1 :: 2], strict=True))
     weights = [float(part) for part in given["--weights"].split(",")] if "--weights" in given else None
     parameters = parse_overrides([given["--set"]]) if "--set" in given else {}
-    plan_merge(given["--method"], len(models), weights, float(given.get("--density", 0.8)), parameters)
+    plan = plan_merge(given["--method"], len(models), weights, float(given.get("--density", 0.8)), parameters)
+    assert parameters.items() <= dict(plan.parameters).items()
+    assert weights is None or plan.weights.uniform == weights
 
 
 @pytest.mark.parametrize("snippet", blocks_in(TEXT, "yaml"))

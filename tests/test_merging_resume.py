@@ -240,6 +240,7 @@ def test_the_room_that_an_unfinished_merge_takes_counts_as_free(three, monkeypat
 
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda place: Nearly)
     again(three)
+    assert (three / "out" / "model.safetensors.index.json").is_file()
 
 
 @pytest.mark.parametrize("parameters", [{}, {"scope": "model"}, {"scale_match": "model"}])

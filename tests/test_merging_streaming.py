@@ -49,8 +49,8 @@ def test_results_come_in_order_and_within_the_budget(threads):
 def test_several_threads_work_at_the_same_time():
     meeting = threading.Barrier(2, timeout=10)  # broken unless two come
 
-    for _ in in_order(lambda name: meeting.wait(), "abcd", needs=lambda name: 1, budget=4, threads=2):
-        pass
+    turns = in_order(lambda name: meeting.wait(), "abcd", needs=lambda name: 1, budget=4, threads=2)
+    assert sorted(turn for _, turn in turns) == [0, 0, 1, 1]  # places at the barrier: two met, twice
 
 
 @pytest.mark.parametrize("threads", [1, 3])

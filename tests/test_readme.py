@@ -23,8 +23,9 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def commands_in(text: str) -> list[str]:
-    """The lines of a page that call expunge, without the comments behind them."""
-    return sorted(set(re.findall(r"^expunge (?:.*?)(?=\s+#|$)", text, flags=re.MULTILINE)))
+    """The commands of a page that call expunge, over lines that end in a backslash, without comments behind them."""
+    joined = re.sub(r"\s*\\\n\s*", " ", text)
+    return sorted(set(re.findall(r"^expunge (?:.*?)(?=\s+#|$)", joined, flags=re.MULTILINE)))
 
 
 def blocks_in(text: str, language: str) -> list[str]:

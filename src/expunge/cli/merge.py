@@ -97,9 +97,10 @@ def merge(
     json_: Json = False,
 ) -> None:
     """Merge checkpoints or LoRA adapters into one checkpoint; with --search or --line, find out how on rows."""
+    ranges = _ranges(range_ or [])
     asked = {
         "aims": aim, "keep": keep, "methods": listed(methods), "trials": trials, "minutes": minutes,
-        "holdout": against, "limit": limit, "memory": memory, "seed": seed, **_ranges(range_ or []),
+        "holdout": against, "limit": limit, "memory": memory, "seed": seed, **ranges,
     }  # fmt: skip
     rows = {"forget": forget, "retain": retain, "holdout": holdout, "benchmark": benchmark, "folder": folder}
     given = {**rows, "template": template}
@@ -111,7 +112,7 @@ def merge(
         "options": {"device": device, "rank": rank},
     }
     for name, said in (("density", density), ("scale", _said_scale(set_ or []))):
-        if said is not None and name in _ranges(range_ or []):
+        if said is not None and name in ranges:
             raise UserError(f"--range {name} has nothing to choose: {name} is given", "leave out one of the two")
     searched = _search(search, line, method, {name: value for name, value in asked.items() if value is not None})
     if searched is None:

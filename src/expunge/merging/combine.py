@@ -127,12 +127,15 @@ def elect_or_add(
     return elect(like, rows, weights, sign=sign, votes=votes, normalize=normalize, step=step)
 
 
-def weighted_sum(deltas: Sequence[Float[Tensor, "*shape"]], weights: Sequence[float]) -> Float[Tensor, "*shape"]:
-    """Σ w·Δ as a fresh tensor, one model after the other."""
+def weighted_sum(
+    deltas: Sequence[Float[Tensor, "*shape"]], weights: Sequence[float], *, normalize: bool = False
+) -> Float[Tensor, "*shape"]:
+    """Σ w·Δ, divided by Σ w if wanted, as a fresh tensor, one model after the other. Raises UserError if Σ w is 0."""
+    divisor = sum_of(weights) if normalize else 1.0
     merged = torch.zeros_like(deltas[0])
     for delta, weight in zip(deltas, weights, strict=True):
         merged.add_(delta, alpha=weight)
-    return merged
+    return merged.div_(divisor) if normalize else merged
 
 
 def sum_of(weights: Sequence[float]) -> float:

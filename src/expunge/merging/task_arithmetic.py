@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from expunge.merging.combine import Mean, sum_of, weighted_sum
+from expunge.merging.combine import Mean, weighted_sum
 from expunge.merging.registry import merge
 
 
@@ -22,5 +22,4 @@ def task_arithmetic(
     normalize: Mean = False,
 ) -> Float[Tensor, "*shape"]:
     """Σ w·Δ of one parameter; `density` is not used. Raises UserError if weights that are to divide it sum to 0."""
-    divisor = sum_of(weights) if normalize else 1.0
-    return weighted_sum(deltas, weights).div_(divisor)
+    return weighted_sum(deltas, weights, normalize=normalize)

@@ -42,7 +42,7 @@ def _check_weights(given: tuple[str, ...]) -> tuple[str, ...]:
     return given
 
 
-Weights = Annotated[Names, AfterValidator(_check_weights)]
+LossWeights = Annotated[Names, AfterValidator(_check_weights)]
 
 
 class Zjuklab(StudyOptions):
@@ -53,8 +53,10 @@ class Zjuklab(StudyOptions):
     epochs: float = Field(5.0, gt=0, description="passes over the forget rows (published); the first is warm-up")
     rank: int = Field(32, gt=0, description="of the adapters (published)")
     alpha: float = Field(32.0, gt=0, description="scale of the adapters times their rank (published)")
-    over: Weights = Field((), description="of the over-forgetter, where not published: npo=0.4,kl=0.4,nll=0.2,rows=4")
-    under: Weights = Field((), description="of the under-forgetter: npo=0.3,kl=0.3,nll=0.4,rows=8")
+    over: LossWeights = Field(
+        (), description="of the over-forgetter, where not published: npo=0.4,kl=0.4,nll=0.2,rows=4"
+    )
+    under: LossWeights = Field((), description="of the under-forgetter: npo=0.3,kl=0.3,nll=0.4,rows=8")
     looks: int = Field(8, ge=2, description="points of the trajectory of each specialist of the first seed")
     look_limit: int = Field(8, gt=0, description="rows per split, task and kind that are asked at each of those points")
     methods: Names = Field(MERGES, description="merge methods of the comparison (expunge list merges)")
