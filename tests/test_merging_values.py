@@ -10,7 +10,8 @@ import torch
 from expunge.errors import UserError
 from expunge.merging.plan import plan_merge
 from expunge.merging.run import merge_models
-from expunge.merging.values import Values, layer_of, layers_in
+from expunge.merging.values import Values
+from expunge.models.names import layer_of, layers_in
 from merging_models import assert_equal, weights
 
 pytestmark = pytest.mark.usefixtures("quick_disk")

@@ -17,7 +17,7 @@ from expunge.merging.inputs import Input, Inputs
 from expunge.merging.plan import Plan
 from expunge.merging.selection import kept_over_model
 from expunge.merging.statistics import Statistics
-from expunge.merging.values import layers_in
+from expunge.models.names import layers_in
 
 #: Called with a number of elements just worked on.
 Advance = Callable[[int], None]

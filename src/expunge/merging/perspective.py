@@ -21,8 +21,8 @@ from expunge.merging.adapters import Adapter
 from expunge.merging.inputs import Input, Inputs, open_inputs, resolve
 from expunge.merging.merger import Merger, is_finite
 from expunge.merging.selection import CHUNK, count, cut, kept_count, trimmed
-from expunge.merging.values import layer_of
 from expunge.models.files import is_adapter
+from expunge.models.names import layer_of
 
 #: The layer of what belongs to no decoder layer: embeddings, the last norm, the head.
 OUTSIDE = -1

@@ -12,7 +12,8 @@ from torch import Tensor
 from expunge.errors import UserError
 from expunge.merging.draw import Draw
 from expunge.merging.registry import COMMON, MERGES, Merge
-from expunge.merging.values import Value, Values, layers_in
+from expunge.merging.values import Value, Values
+from expunge.models.names import layers_in
 
 
 @dataclass(frozen=True)

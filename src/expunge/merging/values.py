@@ -9,6 +9,7 @@ from math import isfinite
 from typing import Any
 
 from expunge.errors import UserError
+from expunge.models.names import layer_of, layers_in
 
 #: A number for all tensors, numbers along the layers, or {pattern of parameter names: one of these, "default": …}.
 Value = float | Sequence[float] | Mapping[str, "float | Sequence[float]"]
@@ -16,20 +17,8 @@ Value = float | Sequence[float] | Mapping[str, "float | Sequence[float]"]
 #: Key of a map for the tensors that no other pattern matches.
 DEFAULT = "default"
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
 # What comes before the first layer; heads that are called embeddings come after the last.
 _INPUT = re.compile(r"embed(?!_out)|\bw[tp]e\b")
-
-
-def layer_of(name: str) -> int | None:
-    """The decoder layer of a parameter by its name; None for embeddings, the last norm and the head."""
-    match = _LAYER.search(name)
-    return None if match is None else int(match[1])
-
-
-def layers_in(names: Sequence[str]) -> int:
-    """How many decoder layers the parameters of a model have."""
-    return 1 + max((layer for name in names if (layer := layer_of(name)) is not None), default=-1)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,9 @@ class Zjuklab(StudyOptions):
     data_dir: str | None = Field(None, description="folder of the benchmark's files; its hub datasets when absent")
     documents: int | None = Field(None, gt=0, description="of the benchmark, so many documents of each task and split")
     trials: int = Field(30, ge=0, description="of the search for weights, density and scale on each seed; 0: none")
+    keep: float = Field(
+        0.95, gt=0, le=1, description="part of the target's extraction strength on retain rows that a search keeps"
+    )
     teach_epochs: float | None = Field(None, gt=0, description="passes over all rows that teach the target")
     teach_rate: float | None = Field(None, gt=0, description="learning rate that teaches the target")
     taught: bool = Field(False, description="true: the model knows the benchmark's rows already")

@@ -29,8 +29,8 @@ _SUM: Mapping[str, Any] = {"normalize": False}
 #: methods that PEFT has for factors → the settings that make ours its own
 PEFT = {"linear": _SUM, "ties": _COUNT, "dare_linear": _SUM, "dare_ties": _COUNT, "magnitude_prune": _SUM}
 MATCHES = ("none", "tensor")
-#: Where a search is kept; what it aims at besides the membership test, and what it has to keep.
-SEARCH, FORGOTTEN, KEPT = "search", "forget:extraction_strength<=0.05", "retain:extraction_strength=0.95"
+#: Where a search is kept; what it aims at besides the membership test, and of what it keeps `options.keep`.
+SEARCH, FORGOTTEN, KEPT = "search", "forget:extraction_strength<=0.05", "retain:extraction_strength"
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ class _Table:
         config = SearchConfig(
             trials=self.options.trials,
             aims=[f"{members}:mia_loss=0.5", FORGOTTEN],
-            keep=[KEPT],
+            keep=[f"{KEPT}={self.options.keep:g}"],
             methods=list(dict.fromkeys(["linear", *self.options.methods])),
             holdout=others,
             seed=self.seed,
