@@ -49,6 +49,14 @@ def test_the_command_writes_and_says_so(three, capsys):
     assert_equal(weights(three / "out"), in_memory(three, 0.8, scale=0.5), 1e-7)
 
 
+def test_a_merge_in_place_of_an_earlier_one_is_said(three, capsys):
+    arguments = (three / "a", three / "b", "--method", "linear", "-o", three / "out")
+    assert command(*arguments) == 0
+    assert "in place of" not in capsys.readouterr().out
+    assert command(*arguments) == 0
+    assert "in place of the merge that was there" in capsys.readouterr().out
+
+
 def test_the_command_prints_json(three, capsys):
     assert command(three / "a", three / "b", "--method", "linear", "--json", "-o", three / "out") == 0
     printed = json.loads(capsys.readouterr().out)

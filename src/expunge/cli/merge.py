@@ -138,7 +138,8 @@ def _plain(models: list[str], output: Path, parts: Mapping[str, Any], sets: list
         print_json(result)
         return
     what = f"{result.tensors} tensors" if result.rank is None else f"an adapter of rank {result.rank}"
-    typer.echo(f"wrote {result.path}: {what} in {result.seconds:.1f} s")
+    before = ", in place of the merge that was there" if result.replaced else ""
+    typer.echo(f"wrote {result.path}: {what} in {result.seconds:.1f} s{before}")
     if result.relative_error is not None:
         typer.echo(f"  part of the difference that this rank loses: {result.relative_error:.2%}")
     for model, norm in zip(models, statistics["delta_norms"], strict=True):

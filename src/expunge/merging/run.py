@@ -44,6 +44,7 @@ class MergeResult:
     statistics: dict[str, Any]
     rank: int | None = None  # of the adapter that was written; None: a full checkpoint
     relative_error: float | None = None  # ‖ΔW − BA‖ / ‖ΔW‖ of that adapter
+    replaced: bool = False  # an earlier merge stood in that folder
 
 
 def merge_models(
@@ -71,7 +72,7 @@ def merge_models(
     output = Path(output)
     place = _device(device)
     plan = plan_merge(method, len(inputs), weights, density, parameters or {})
-    check_output(output)
+    replaced = check_output(output)
     opened = open_inputs(inputs, base)
     try:
         check_apart(opened, output)
@@ -81,7 +82,8 @@ def merge_models(
             made = _write_adapter(merger, statistics, output, rank, progress, beside)
             found = statistics.summary()
             count = len(made.modules) + len(made.modules_to_save)
-            return MergeResult(output, time.perf_counter() - started, count, found, made.rank, made.relative_error)
+            seconds = time.perf_counter() - started
+            return MergeResult(output, seconds, count, found, made.rank, made.relative_error, replaced)
         tensors = merger.tensors
         key = merge_key(opened, plan, f"{place.type}/{shard_bytes}")
         with (
@@ -99,7 +101,8 @@ def merge_models(
     finally:
         opened.close()
         leave_room()
-    return MergeResult(output, time.perf_counter() - started, len(tensors), statistics.summary())
+    seconds = time.perf_counter() - started
+    return MergeResult(output, seconds, len(tensors), statistics.summary(), replaced=replaced)
 
 
 def _write_adapter(

@@ -205,12 +205,17 @@ def plan_shards(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> list[lis
     return shards
 
 
-def check_output(output: Path) -> None:
-    """Raises UserError if `output` is a file, or a folder that holds anything but an earlier merge of ours."""
+def check_output(output: Path) -> bool:
+    """Whether `output` holds an earlier merge of ours, which is replaced.
+
+    Raises UserError if it is a file, or a folder that holds anything else.
+    """
     if output.is_file() or output.is_symlink():
         raise UserError(f"{output} is not a folder", "choose another folder with -o")
-    if output.is_dir() and any(output.iterdir()) and not _is_ours(output, finished=True):
+    occupied = output.is_dir() and any(output.iterdir())
+    if occupied and not _is_ours(output, finished=True):
         raise UserError(f"{output} holds something else", "choose a new or empty folder with -o")
+    return occupied
 
 
 def _is_ours(folder: Path, *, finished: bool) -> bool:
