@@ -17,6 +17,7 @@ from expunge.models.aliases import ALIASES, fetch_alias
 from expunge.models.files import adapter_base, check_weights, is_adapter, read_json
 from expunge.models.gguf import gguf_tokenizer, load_gguf
 from expunge.recipe import ModelConfig
+from expunge.runs.provenance import file_digest, folder_digest
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,16 @@ def check_vocabulary(model: Any, tokenizer: Any, label: str) -> None:
             f"{label}: the tokenizer has {len(tokenizer)} tokens, the model only {known}",
             "the tokenizer belongs to another model; put the right one into the folder",
         )
+
+
+def model_digest(place: Path) -> str:
+    """Digest of a model's files; of an adapter, its base's too."""
+    if place.is_file():
+        return file_digest(place)
+    own = folder_digest(place)
+    if is_adapter(place):
+        own += folder_digest(resolve_folder(adapter_base(place)))
+    return own
 
 
 def _load_full(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:

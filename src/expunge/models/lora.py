@@ -34,7 +34,9 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> Any:
 
 
 def _check_targets(model: nn.Module, targets: list[str]) -> None:
-    linear = [name for name, module in unwrap(model).named_modules() if isinstance(module, nn.Linear)]
+    from transformers.pytorch_utils import Conv1D
+
+    linear = [name for name, module in unwrap(model).named_modules() if isinstance(module, nn.Linear | Conv1D)]
     endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):

@@ -48,7 +48,7 @@ class Forward:
         """Logits [N, V] (N = 0 if none are wanted), hidden states [N, d], and what enters the head [N, d]."""
         hidden: list[Tensor] = []
         vectors: list[Tensor] = []
-        inputs, supervised, place = self._inputs()
+        inputs, supervised, place = self._inputs
         wanted = supervised if self.with_logits else supervised[:0]
         states = self._states(inputs["input_ids"], place)
         with ExitStack() as stack:
@@ -74,6 +74,7 @@ class Forward:
         lines[place] = states
         return self.prefix.output(lines.view(*input_ids.shape, -1))
 
+    @cached_property
     def _inputs(self) -> tuple[dict[str, Tensor], Int[Tensor, " N"], Int[Tensor, " T"]]:
         """What the model is given, and flat positions in it: of the supervised logits, and of every token."""
         batch = self.batch
@@ -87,6 +88,17 @@ class Forward:
         # rows are padded on the right and attention is causal, so no real position ever sees padding
         supervised, place = (mask.flatten().nonzero()[:, 0] for mask in (batch.supervised, present))
         return {"input_ids": batch.input_ids}, supervised, place
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Lines and tokens per line that the model is given: the rows, padded, or what they are packed into."""
+        lines, width = self._inputs[0]["input_ids"].shape
+        return lines, width
+
+    @property
+    def place(self) -> Int[Tensor, " T"]:
+        """Where every token of the batch, row by row, stands in the flattened lines; a row's tokens are neighbours."""
+        return self._inputs[2]
 
     @property
     def logits(self) -> Float[Tensor, "N V"]:

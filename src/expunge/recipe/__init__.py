@@ -1,6 +1,7 @@
 """The recipe: the only configuration. One frozen model, YAML in, every problem listed at once."""
 
 from expunge.recipe.load import digest, dump_yaml, load_recipe, parse_overrides, preset_names
+from expunge.recipe.localize import LocalizeConfig, Strata, Unit
 from expunge.recipe.model import (
     AlternativesConfig,
     DataConfig,
@@ -25,6 +26,7 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "Keep",
+    "LocalizeConfig",
     "LoraConfig",
     "MergeConfig",
     "ModelConfig",
@@ -34,8 +36,10 @@ __all__ = [
     "SearchConfig",
     "SourceConfig",
     "StopRule",
+    "Strata",
     "TokenSelection",
     "TrainConfig",
+    "Unit",
     "UnlearnConfig",
     "digest",
     "dump_yaml",
