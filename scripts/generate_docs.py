@@ -25,6 +25,7 @@ ARXIV = re.compile(r"\b(\d{4}\.\d{4,5})\b")
 COLUMNS = {
     "methods": ("summary", "kind", "paper"),
     "merges": ("summary", "paper"),
+    "attributions": ("summary", "score", "needs", "units", "paper"),
     "metrics": ("summary", "range", "needs", "suite", "direction", "paper"),
     "conventions": ("summary",),
     "attacks": ("summary", "kind", "budget", "needs", "paper"),
@@ -79,6 +80,7 @@ def table(kind: str) -> str:
         "objectives": _objectives,
         "parameters": _parameters,
         "attack-parameters": _attack_parameters,
+        "attribution-parameters": _attribution_parameters,
         "merge-methods": _merge_methods,
         "merge-parameters": _merge_parameters,
         "tables": _tables,
@@ -113,7 +115,7 @@ def _cell(label: str, about: Mapping[str, str]) -> str:
     text = " ".join(str(about.get(label, "")).split())
     if label == "paper":
         return ARXIV.sub(r"[\1](https://arxiv.org/abs/\1)", text)
-    if label in ("example", "loss", "default", "parameters") and text:
+    if label in ("example", "loss", "score", "default", "parameters") and text:
         return f"`{text}`".replace("|", "\\|")
     return text.replace("|", "\\|").replace("<", "&lt;")
 
@@ -170,6 +172,13 @@ def _attack_parameters() -> str:
     from expunge.attacks.base import ATTACKS
 
     return _settings("attack", ATTACKS.items())
+
+
+def _attribution_parameters() -> str:
+    """Every setting of every attribution."""
+    from expunge.localize.base import ATTRIBUTIONS
+
+    return _settings("attribution", ATTRIBUTIONS.items())
 
 
 def _merge_methods() -> str:

@@ -144,6 +144,10 @@ def declining(k: Known) -> float:
     return -float(np.concatenate(k["forget_alternatives"].logp).mean())
 
 
+def learning(k: Known) -> dict[str, float]:
+    return {"retain_answers": -float(np.concatenate(k["retain"].logp).mean())}
+
+
 def idk_ap(k: Known, beta: float = 0.1) -> dict[str, float]:
     margin = sums(k["retain"].logp) - sums(k["retain_alternatives"].logp)
     return {"forget": declining(k), "retain_preservation": float((-log_sigmoid(beta * margin) / beta).mean())}
@@ -228,6 +232,7 @@ FORMS: dict[str, tuple[Form, list[dict[str, Any]]]] = {
     "ceu": (ceu, [{"skip": 1}, {"skip": 2}]),
     "dpo": (dpo, [{"beta": 0.5}]),
     "eul": (eul, [{"power": 2}]),
+    "finetune": (learning, []),
     "flat": (flat, [{"divergence": name} for name in ("kl", "js", "pearson")]),
     "grad_ascent": (ascent, []),
     "grad_diff": (ascent, []),

@@ -70,7 +70,7 @@ def test_every_command_is_there_and_has_help(capsys):
     from expunge.cli.app import app
 
     wanted = {"demo", "run", "unlearn", "eval", "attack", "audit", "calibrate", "merge", "study", "report", "runs"}
-    wanted |= {"init", "data", "list", "doctor"}
+    wanted |= {"init", "data", "list", "doctor", "localize"}
     commands = get_command(app).commands
     assert set(commands) == wanted
     for name in wanted:

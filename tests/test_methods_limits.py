@@ -180,7 +180,7 @@ def test_eul_counts_only_rows_of_which_it_sees_something() -> None:
     assert made.item() == pytest.approx(sum(-1 / part.mean() for part in known()["forget"].logp[1:]) / 3)
 
 
-@pytest.mark.parametrize("name", sorted(FORMS))
+@pytest.mark.parametrize("name", sorted(set(FORMS) - {"finetune"}))
 def test_a_step_makes_known_answers_less_likely(name: str) -> None:
     """A model that is fairly sure of the forget answers, moved a little against the gradient of the forget loss."""
     logits = outputs()[0]

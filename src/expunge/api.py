@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expunge.errors import UserError
-from expunge.recipe import ModelConfig, Recipe, load_recipe, parse_overrides
+from expunge.pipeline.questions import attack_settings, beside, check_overrides, checkpoints, question
+from expunge.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from expunge.merging.run import MergeResult
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from expunge.report.attack_record import AttackRecord
     from expunge.report.calibration_record import Calibration
     from expunge.report.document import Document
+    from expunge.report.localization_record import Localization
     from expunge.studies.base import StudyResult
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
@@ -107,14 +109,14 @@ def evaluate(
     quiet: bool = False,
 ) -> Examination:
     """Every metric of a model (and of a reference and a target beside it) on every split of files or a benchmark."""
-    _check_eval_overrides(overrides)
+    check_overrides("eval", overrides)
     files = {"forget": forget, "retain": retain, "holdout": holdout, "benchmark": benchmark, "folder": folder}
-    recipe = _question("eval", model, overrides, reference, suite, template=template, max_length=max_length, **files)
+    recipe = question("eval", model, overrides, reference, suite, template=template, max_length=max_length, **files)
     from expunge.pipeline.examine import examine
     from expunge.pipeline.progress import Reporter
 
     found = examine(
-        _beside(recipe, target),
+        beside(recipe, target),
         recipe.data,
         recipe.evaluate,
         recipe.seed,
@@ -147,7 +149,7 @@ def calibrate(
     `retain` should be rows that unlearning never saw; beside a benchmark they stand for its held-out retain rows. The
     record, and the calibrated model, are written to `output` if that is given.
     """
-    _check_eval_overrides(overrides)
+    check_overrides("eval", overrides)
     held_out = "retain" if benchmark is None else "retain_unseen"
     rows: dict[str, Any] = {"benchmark": benchmark, "folder": folder, "forget": forget, held_out: retain}
     rows |= {"template": template, "max_length": max_length}
@@ -159,8 +161,8 @@ def calibrate(
 
     settings = Settings(keep=keep, epsilon=epsilon, curve=curve, seed=recipe.seed)
     changed = recipe.model.model_copy(update={"id": unlearned, "revision": None})
-    question = Question(recipe.model, changed, recipe.data, recipe.evaluate, settings)
-    found = run_calibration(question, None if output is None else Path(output), Reporter(quiet=quiet))
+    asked = Question(recipe.model, changed, recipe.data, recipe.evaluate, settings)
+    found = run_calibration(asked, None if output is None else Path(output), Reporter(quiet=quiet))
     _page(output)
     return found
 
@@ -188,16 +190,16 @@ def attack(
 
     `attacks` are names (those of the suite when None); `limit` is how many rows of each split but forget are measured.
     """
-    _check_attack_overrides(overrides)
+    check_overrides("attack", overrides)
     files = {"forget": forget, "retain": retain, "holdout": holdout, "benchmark": benchmark, "folder": folder}
-    recipe = _question("attack", model, overrides, reference, template=template, max_length=max_length, **files)
+    recipe = question("attack", model, overrides, reference, template=template, max_length=max_length, **files)
     from expunge.pipeline.attack import attack_models, chosen_attacks
     from expunge.pipeline.progress import Reporter
 
     record = attack_models(
-        _beside(recipe, target),
+        beside(recipe, target),
         recipe.data,
-        chosen_attacks(attacks, suite or "standard", _attack_settings(overrides)),
+        chosen_attacks(attacks, suite or "standard", attack_settings(overrides)),
         recipe.evaluate,
         recipe.seed,
         Path(output),
@@ -234,21 +236,21 @@ def audit(
 
     `knows` and `lacks` are further models that hold, or never held, the knowledge; the rest is as for `attack`.
     """
-    _check_attack_overrides(overrides)
+    check_overrides("attack", overrides)
     files = {"forget": forget, "retain": retain, "holdout": holdout, "benchmark": benchmark, "folder": folder}
-    recipe = _question(
+    recipe = question(
         "audit", target, overrides, reference, "standard", template=template, max_length=max_length, **files
     )
     from expunge.pipeline.attack import chosen_attacks
     from expunge.pipeline.audit import Members, audit_metrics
     from expunge.pipeline.progress import Reporter
 
-    unlearned, knowing, lacking = _checkpoints(recipe.model, zoo, knows, lacks)
+    unlearned, knowing, lacking = checkpoints(recipe.model, zoo, knows, lacks)
     assert recipe.reference is not None
     document = audit_metrics(
         Members(unlearned, recipe.model, recipe.reference, knowing, lacking),
         recipe.data,
-        chosen_attacks(attacks, suite or "standard", _attack_settings(overrides)),
+        chosen_attacks(attacks, suite or "standard", attack_settings(overrides)),
         recipe.evaluate,
         recipe.seed,
         Path(output),
@@ -257,6 +259,38 @@ def audit(
     )
     _page(output)
     return document
+
+
+def localize(
+    model: str,
+    *,
+    output: str | Path,
+    forget: str | None = None,
+    retain: str | None = None,
+    benchmark: str | None = None,
+    folder: str | None = None,
+    template: str = "auto",
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+    command: str = "",
+    **settings: Any,
+) -> Localization:
+    """Choose the part of a model that has most to do with the forget rows; `output` is the file of the mask.
+
+    `settings` are the fields of `localize` in a recipe (by, unit, density, strata, parameters, limit, against, …).
+    """
+    check_overrides("localize", overrides)
+    given = {"forget": forget, "retain": retain, "benchmark": benchmark, "folder": folder}
+    tree = {"name": "localize", "model": model, "unlearn": [{}], "data": {**given, "template": template}}
+    known = {name: value for name, value in settings.items() if value is not None}
+    recipe = load_recipe({**tree, "localize": known}, overrides=overrides)
+    from expunge.pipeline.localize import Question, run_localize
+    from expunge.pipeline.progress import Reporter
+
+    assert recipe.localize is not None
+    data = recipe.data if recipe.data.benchmark or recipe.data.forget or recipe.data.retain else None
+    asked = Question(recipe.model, recipe.localize, recipe.seed, data, command)
+    return run_localize(asked, Path(output), Reporter(quiet=quiet))
 
 
 def merge(
@@ -310,58 +344,6 @@ def _recipe(recipe: RecipeLike, overrides: Sequence[str]) -> Recipe:
     return load_recipe(recipe, overrides=overrides)
 
 
-def _question(
-    name: str, model: str, overrides: Sequence[str], reference: str | None, suite: str | None = None, **rows: Any
-) -> Recipe:
-    """A recipe that only asks of models that exist; settings of attacks among the overrides are not its own."""
-    tree: dict[str, Any] = {"name": name, "model": model, "data": rows, "unlearn": [{}], "reference": reference}
-    if suite is not None:
-        tree["evaluate"] = {"suite": suite}
-    own = {key: value for key, value in parse_overrides(overrides).items() if not key.startswith("attacks.")}
-    return load_recipe(tree, overrides=own)
-
-
-def _beside(recipe: Recipe, target: str | None) -> dict[str, ModelConfig]:
-    """The model and the yardsticks that are given, all opened with the same permissions."""
-    flags = {"trust_remote_code": recipe.model.trust_remote_code, "allow_pickle": recipe.model.allow_pickle}
-    given = {"target": None if target is None else ModelConfig(id=target), "model": recipe.model}
-    beside = {**given, "reference": recipe.reference}
-    return {name: config.model_copy(update=flags) for name, config in beside.items() if config is not None}
-
-
-def _check_eval_overrides(overrides: Sequence[str]) -> None:
-    """Raises UserError for a field that an evaluation would silently ignore."""
-    for key in parse_overrides(overrides):
-        if key.partition(".")[0] in ("name", "prepare", "unlearn", "merge", "thresholds", "attacks"):
-            raise UserError(
-                f"--set {key}: an evaluation has no use for it",
-                "it reads data.*, evaluate.*, model.*, reference.*, seed",
-            )
-
-
-def _check_attack_overrides(overrides: Sequence[str]) -> None:
-    """Raises UserError for a field that attacks would silently ignore."""
-    for key in parse_overrides(overrides):
-        if key.partition(".")[0] in ("name", "prepare", "unlearn", "merge"):
-            raise UserError(
-                f"--set {key}: attacks have no use for it",
-                "they read attacks.*, data.*, evaluate.*, model.*, reference.*, thresholds.*, seed",
-            )
-
-
-def _attack_settings(overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`attacks.NAME.KEY` → value, by attack. Raises UserError for another shape."""
-    settings: dict[str, dict[str, Any]] = {}
-    for key, value in parse_overrides(overrides).items():
-        head, *rest = key.split(".")
-        if head != "attacks":
-            continue
-        if len(rest) != 2:
-            raise UserError(f"--set {key} is not of the form attacks.NAME.KEY", "e.g. attacks.relearn.steps=80")
-        settings.setdefault(rest[0], {})[rest[1]] = value
-    return settings
-
-
 def _page(output: str | Path | None) -> None:
     """The page of what a command wrote, in its folder."""
     if output is None:
@@ -373,23 +355,6 @@ def _page(output: str | Path | None) -> None:
         build_page(Path(output))
 
 
-def _checkpoints(config: ModelConfig, *groups: Sequence[str]) -> list[dict[str, ModelConfig]]:
-    """Models by name: `NAME=MODEL`, or `MODEL` by the last part of its path. Raises UserError if two share one."""
-    made: list[dict[str, ModelConfig]] = []
-    for models in groups:
-        made.append({})
-        for given in models:
-            name, equals, model = given.partition("=")
-            if not equals:
-                path = Path(given).absolute()
-                # every run calls its result `model`: the folder around it tells them apart
-                name, model = path.parent.name if path.name in ("model", "target", "reference") else path.name, given
-            if not name or any(name in group for group in made):
-                raise UserError(f"two checkpoints are called '{name}'", "name them apart: NAME=FOLDER")
-            made[-1][name] = config.model_copy(update={"id": model})
-    return made
-
-
 def _output(recipe: Recipe, output: str | Path | None) -> Path:
     path = Path(output) if output is not None else Path("runs") / recipe.name
     if path.is_file():
@@ -397,4 +362,17 @@ def _output(recipe: Recipe, output: str | Path | None) -> Path:
     return path
 
 
-__all__ = ["Plan", "attack", "audit", "calibrate", "demo", "evaluate", "merge", "plan", "run", "study", "unlearn"]
+__all__ = [
+    "Plan",
+    "attack",
+    "audit",
+    "calibrate",
+    "demo",
+    "evaluate",
+    "localize",
+    "merge",
+    "plan",
+    "run",
+    "study",
+    "unlearn",
+]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 #: Below this extraction strength a target is said to hardly know the rows.
 HARDLY = 0.2
@@ -29,3 +30,14 @@ def harmonic_mean(values: Iterable[float | None]) -> float | None:
 def auc_error(members: int, others: int) -> float:
     """Standard error of the area under the ROC curve when nothing tells the two apart: that of the rank sum."""
     return math.sqrt((members + others + 1) / (12 * members * others))
+
+
+def without_nan(value: Any) -> Any:
+    """Data that JSON can hold: numbers that are not finite become None, keys text."""
+    if isinstance(value, Mapping):
+        return {str(key): without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -26,6 +26,7 @@ from expunge.cli import (
     evaluate,
     init,
     list_,
+    localize,
     merge,
     report,
     run,
@@ -49,6 +50,7 @@ app.command()(unlearn.unlearn)
 app.command("eval")(evaluate.evaluate)
 app.command()(attack.attack)
 app.command()(audit.audit)
+app.command()(localize.localize)
 app.command()(merge.merge)
 app.command()(calibrate.calibrate)
 app.add_typer(study.app, name="study")

@@ -22,6 +22,7 @@ _START: dict[str, Any] = {
 #: Values for fields that are absent by default, so that deleting the "# " before them leaves something that works.
 _EXAMPLES: dict[str, Any] = {
     "reference": "path/to/a/model",
+    "reset": "path/to/the/base",
     "revision": "main",
     "format": "qa",
     "limit": 1000,
@@ -43,6 +44,7 @@ _EXAMPLES: dict[str, Any] = {
     "sentences": ["I have never heard of that."],
     "sam": 0.01,
     "trainable": [r"\.mlp\.down_proj\."],
+    "against": "region.safetensors",
     "seed": 1,
     "weights": [1.0],
     "metrics": ["extraction_strength", "rouge_l_recall"],

@@ -13,6 +13,7 @@ from expunge.errors import UserError, did_you_mean
 REGISTRIES = {
     "methods": ("expunge.methods.base", "OBJECTIVES"),
     "merges": ("expunge.merging.registry", "MERGES"),
+    "attributions": ("expunge.localize.base", "ATTRIBUTIONS"),
     "metrics": ("expunge.metrics.base", "METRICS"),
     "conventions": ("expunge.recipe.conventions", "CONVENTIONS"),
     "attacks": ("expunge.attacks.base", "ATTACKS"),

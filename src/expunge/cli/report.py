@@ -1,4 +1,4 @@
-"""`expunge report FOLDER`: write the page of a run, study, evaluation, attack, calibration or audit from its files."""
+"""`expunge report FOLDER`: write the page of a run, study, evaluation, attack, calibration, audit or mask again."""
 
 from __future__ import annotations
 

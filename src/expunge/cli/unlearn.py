@@ -23,6 +23,9 @@ def unlearn(
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="forget rows of one step")] = None,
     template: Template = "auto",
     reference: Reference = None,
+    mask: Annotated[
+        Path | None, typer.Option("--mask", help="change only what is inside this mask (expunge localize)")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed")] = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -36,6 +39,7 @@ def unlearn(
         "unlearn.0.train.lr": lr,
         "unlearn.0.train.batch_size": batch_size,
         "data.template": template,
+        "localize.mask": None if mask is None else str(mask),
         "seed": seed,
     }
     for flag, given in (("allow_pickle", allow_pickle), ("trust_remote_code", trust_remote_code)):

@@ -23,7 +23,7 @@ from expunge.errors import UserError, did_you_mean
 from expunge.metrics.base import Resampling
 from expunge.models.drift import open_tensors
 from expunge.models.files import is_adapter
-from expunge.models.load import load_model, resolve_folder
+from expunge.models.load import load_model, model_digest, resolve_folder
 from expunge.models.save import save_model
 from expunge.numbers import HARDLY
 from expunge.pipeline.asked import Exam, Rows, exam_of, scored_views
@@ -33,7 +33,6 @@ from expunge.pipeline.evaluate import LazyModel, measure
 from expunge.pipeline.preflight import check_context, check_same_tokens, open_candidate
 from expunge.pipeline.processes import process_count
 from expunge.pipeline.progress import Reporter, quiet_libraries
-from expunge.pipeline.stages import model_digest
 from expunge.recipe import DataConfig, EvaluateConfig, ModelConfig, Recipe, UnlearnConfig
 from expunge.recipe.model import Thresholds
 from expunge.report.attack_record import NAME, AttackRecord, AttackResult, holds_attack, read_attack

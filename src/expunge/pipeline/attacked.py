@@ -12,8 +12,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from transformers import TrainerCallback
 
 from expunge.attacks.base import Attack, Lesson, ModelAttack, Point, PromptAttack, SamplingAttack, TrainingAttack, World
 from expunge.attacks.prompts import safe, secrets
@@ -25,6 +23,7 @@ from expunge.models.load import Loaded
 from expunge.pipeline.asked import AT, SAMPLED, Exam, Rows
 from expunge.pipeline.evaluate import LazyModel
 from expunge.pipeline.job import Job
+from expunge.pipeline.looks import Looks, as_evaluated
 from expunge.pipeline.progress import Reporter, Tick
 from expunge.pipeline.resolve import rows_digest
 from expunge.pipeline.stages import job_inputs
@@ -191,9 +190,9 @@ class Attacked:
         def work(folder: Path) -> dict[str, Any]:
             looked = folder / "looks"
 
-            def look(step: int, module: Any, tokenizer: Any) -> None:
-                with plain_forward(module), _autocast(module, config.dtype):
-                    tables = make_tables(module, tokenizer, rows, self.exam, texts, lambda count: None)
+            def look(step: int, module: Any) -> None:
+                with as_evaluated(module, config.dtype):
+                    tables = make_tables(module, self.world.tokenizer, rows, self.exam, texts, lambda count: None)
                 shutil.rmtree(looked / labels[step], ignore_errors=True)
                 write_tables(tables, looked / labels[step])
 
@@ -209,7 +208,7 @@ class Attacked:
                 self.left_out[name, label, subject.name] = reason
 
     def _fit(
-        self, job: Job, folder: Path, name: str, steps: Sequence[int], look: Callable[[int, Any, Any], None]
+        self, job: Job, folder: Path, name: str, steps: Sequence[int], look: Callable[[int, Any], None]
     ) -> dict[str, Any]:
         with self.reporter.bar(name, max(steps)) as tick:
             last = 0
@@ -219,7 +218,7 @@ class Attacked:
                 tick(step - last, f"loss {terms['loss']:.3f}")
                 last = step
 
-            looks = _Looks(frozenset(steps), look, self.world.tokenizer)
+            looks = Looks(steps, look)
             try:
                 with fit(job, folder, on_step=on_step, callbacks=[looks]) as fitted:
                     return {"steps": fitted.steps}
@@ -343,35 +342,6 @@ def _values(table: pa.Table, metric: str) -> list[float]:
     found = METRICS.get(metric).compute([table])
     assert not isinstance(found, Statistic)
     return [-1.0 if value != value else float(value) for value in found]
-
-
-class _Looks(TrainerCallback):
-    """Shows the model after certain optimizer steps."""
-
-    def __init__(self, steps: frozenset[int], look: Callable[[int, Any, Any], None], tokenizer: Any) -> None:
-        self.steps, self.look, self.tokenizer = steps, look, tokenizer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Look, if it is time."""
-        if state.global_step in self.steps:
-            self.look(state.global_step, model, self.tokenizer)
-
-
-@contextmanager
-def plain_forward(module: Any) -> Iterator[None]:
-    """Within it, the forward is the model's own: training wraps it in an autocast, which would flip argmax hits."""
-    wrapped = module.__dict__.pop("forward", None)
-    try:
-        yield
-    finally:
-        if wrapped is not None:
-            module.forward = wrapped
-
-
-def _autocast(module: Any, dtype: str) -> Any:
-    device = next(module.parameters()).device
-    chosen = getattr(torch, dtype)
-    return torch.autocast(device.type, chosen, enabled=chosen != torch.float32)
 
 
 def _applied(attack: ModelAttack, point: Point, model: LazyModel, world: World) -> Callable[[], Any]:

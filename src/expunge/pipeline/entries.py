@@ -14,10 +14,12 @@ from expunge.data.encode import Encoded, encode
 from expunge.data.example import Example
 from expunge.data.spans import entity_masks
 from expunge.errors import UserError
+from expunge.localize.masks import Mask
 from expunge.methods.base import Objective
 from expunge.methods.step import ForgetView
 from expunge.metrics.base import METRICS
 from expunge.pipeline.job import Job, Watched
+from expunge.pipeline.masked import WHOLE_MODULES, parts_of_modules
 from expunge.recipe import ModelConfig, Recipe, StopRule, UnlearnConfig
 
 if TYPE_CHECKING:
@@ -45,8 +47,15 @@ def unlearn_job(
     model: ModelConfig,
     selection: Sequence[np.ndarray] | None = None,
     sampled: Others | None = None,
+    mask: Mask | None = None,
 ) -> Job:
-    """The training run of one unlearn entry; `selection` and `sampled` are what stages made for it, if any."""
+    """The training run of one unlearn entry; `selection`, `sampled` and `mask` are what stages made for it, if any.
+
+    Raises UserError for adapters in a recipe that localizes less than whole modules.
+    """
+    localize = resolved.recipe.localize
+    if entry.lora is not None and localize is not None and not localize.mask and localize.unit not in WHOLE_MODULES:
+        raise parts_of_modules(f"localize.unit: {localize.unit} is less")
     retain = resolved.rows.get("retain", ())
     objective, beside = resolved.objectives[entry.name], resolved.beside[entry.name]
     forget = resolved.rows["forget"]
@@ -73,6 +82,8 @@ def unlearn_job(
         watched=_watched(resolved, entry.stop_when),
         lora=entry.lora,
         trainable=entry.trainable,
+        mask=mask,
+        reset=entry.reset,
     )
 
 

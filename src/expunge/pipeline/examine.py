@@ -18,7 +18,7 @@ from expunge.data.example import Splits
 from expunge.data.load import load_splits
 from expunge.errors import UserError
 from expunge.metrics.base import METRICS, Resampling
-from expunge.models.load import resolve_folder
+from expunge.models.load import model_digest, resolve_folder
 from expunge.numbers import HARDLY
 from expunge.pipeline.aggregates import official
 from expunge.pipeline.asked import Asked, Exam, ask, exam_of
@@ -37,7 +37,6 @@ from expunge.pipeline.lm_eval import lm_eval_records, run_tasks
 from expunge.pipeline.preflight import Candidate, check_context, open_candidate, other_token
 from expunge.pipeline.processes import process_count, process_rank
 from expunge.pipeline.progress import Reporter, quiet_libraries
-from expunge.pipeline.stages import model_digest
 from expunge.recipe import DataConfig, EvaluateConfig, ModelConfig
 from expunge.runs.atomic import disk_errors, write_json
 from expunge.runs.output import check_output, whole_folder

@@ -14,11 +14,14 @@ from torch import nn
 
 from expunge.data.encode import Encoded
 from expunge.errors import UserError
+from expunge.localize.masks import Mask
 from expunge.methods.base import Objective, WeightObjective
 from expunge.methods.step import ForgetView
 from expunge.models.forward import decoder_layers, unwrap
 from expunge.models.lora import add_lora
+from expunge.models.prefix import frozen_depth
 from expunge.models.reference import Needs
+from expunge.pipeline.masked import adapter_targets
 from expunge.pipeline.plan import Plan, Sides, make_plan
 from expunge.recipe import LoraConfig, ModelConfig, StopRule, TrainConfig
 
@@ -54,6 +57,8 @@ class Job:
     watched: Mapping[str, Watched] = field(default_factory=dict)
     lora: LoraConfig | None = None
     trainable: Sequence[str] | None = None
+    mask: Mask | None = None  # nothing outside it is trained
+    reset: ModelConfig | None = None  # what is trained starts from this model's weights
 
     @property
     def term_weights(self) -> Mapping[str, float]:
@@ -94,12 +99,19 @@ class Job:
             retain_ratio=about.retain_ratio if about is not None else 1,
             chunk=self.objective.chunk_rows() if self.objective is not None else None,
             world=world,
+            reads_forget=self.reads_forget,
         )
 
     @property
     def reads_retain(self) -> bool:
         """Whether any term of the loss is about retain rows."""
         return self.objective is None or self.objective.about.retain or self.has_retain_term
+
+    @property
+    def reads_forget(self) -> bool:
+        """Whether any term of the loss is about forget rows or other answers to their prompts."""
+        about = self.objective.about if self.objective is not None else None
+        return about is None or about.reads_forget or about.alternatives is not None
 
     @property
     def has_retain_term(self) -> bool:
@@ -130,30 +142,64 @@ class Job:
 
 def prepare_parameters(model: nn.Module, job: Job) -> nn.Module:
     """Adapters or the chosen parameters; everything else is frozen. Raises UserError."""
-    patterns = job.trainable
-    if patterns is None and job.objective is not None and job.lora is None:
-        patterns = own_parameters(model, job.objective)
     if job.lora is not None:
         if job.trainable is not None:
             raise UserError(
                 "`trainable` chooses parameters of the model, `lora` adds others",
                 "give one of them; lora.targets chooses modules",
             )
-        model = add_lora(model, job.lora, job.seed)
-    elif patterns is not None:
-        chosen = {name for name, _ in model.named_parameters() if any(re.search(p, name) for p in patterns)}
-        if not chosen:
-            raise UserError(
-                f"no parameter matches {', '.join(patterns)}",
-                "patterns are regular expressions on names such as model.layers.7.mlp.down_proj.weight",
-            )
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in chosen)
+        lora = job.lora
+        if job.mask is not None:
+            lora = lora.model_copy(update={"targets": adapter_targets(model, job.mask)})
+        model = add_lora(model, lora, job.seed)
+    else:
+        chosen = _chosen(model, job)
+        for name, parameter in model.named_parameters() if chosen is not None else ():
+            parameter.requires_grad_(chosen is not None and name in chosen)
+    _check_reached(model, job)
     config: Any = unwrap(model).config
     config.use_cache = False
     if job.train.gradient_checkpointing:
         unwrap(model).enable_input_require_grads()  # type: ignore[operator]
     return model
+
+
+def _chosen(model: nn.Module, job: Job) -> set[str] | None:
+    """Names of the parameters to train: those of the patterns that have something inside the mask; None for all."""
+    patterns = job.trainable
+    if patterns is None and job.objective is not None:
+        patterns = own_parameters(model, job.objective)
+    if patterns is None:
+        return None if job.mask is None else set(job.mask.bound(model))
+    matching = {name for name, _ in model.named_parameters() if any(re.search(p, name) for p in patterns)}
+    if not matching:
+        raise UserError(
+            f"no parameter matches {', '.join(patterns)}",
+            "patterns are regular expressions on names such as model.layers.7.mlp.down_proj.weight",
+        )
+    chosen = matching if job.mask is None else matching & set(job.mask.bound(model))
+    if not chosen and job.trainable is not None:
+        raise UserError(
+            f"nothing inside the mask matches `trainable`: {', '.join(patterns)}",
+            "leave `trainable` out to train all that is inside, or make a mask of these parameters",
+        )
+    if not chosen and job.objective is not None:
+        raise UserError(
+            f"method {job.objective.about.name} trains {', '.join(patterns)}, and nothing of that is inside the mask",
+            "train all that is inside: --set unlearn.0.trainable=[.]",
+        )
+    return chosen
+
+
+def _check_reached(model: nn.Module, job: Job) -> None:
+    """Raises UserError if all that is trained lies above the layer that the objective reads."""
+    layer = job.objective.hidden_layer() if job.objective is not None else None
+    if job.objective is not None and layer is not None and frozen_depth(model) > layer:
+        raise UserError(
+            f"method {job.objective.about.name} reads the output of layer {layer}, and all that is trained lies above",
+            "give it a higher layer, e.g. --set unlearn.0.parameters.layer="
+            f"{min(frozen_depth(model), len(decoder_layers(model)) - 1)}, or train lower ones",
+        )
 
 
 def own_parameters(model: nn.Module, objective: Objective) -> list[str] | None:
@@ -170,6 +216,10 @@ def own_parameters(model: nn.Module, objective: Objective) -> list[str] | None:
 def check_terms(job: Job) -> None:
     """Raises UserError for settings that can't be combined."""
     objective = job.objective
+    if job.lora is not None and job.lora.targets != "all-linear" and job.mask is not None:
+        raise UserError("the mask says which modules get adapters, and so does lora.targets", "leave lora.targets out")
+    if job.lora is not None and job.reset is not None:
+        raise UserError("`reset` changes whole weights before training, which adapters don't hold", "leave `lora` out")
     if objective is None:
         return
     name = objective.about.name

@@ -8,7 +8,7 @@ from pathlib import Path
 from expunge.pipeline.entries import prepare_jobs, unlearn_job
 from expunge.pipeline.merge_search_space import Space
 from expunge.pipeline.resolve import Resolved
-from expunge.report.provenance import switches
+from expunge.report.provenance import localized, switches
 
 
 def outline(resolved: Resolved, output: Path) -> Iterator[str]:
@@ -23,6 +23,8 @@ def outline(resolved: Resolved, output: Path) -> Iterator[str]:
         yield f"note       {note}"
     for name, (splits, job) in prepare_jobs(resolved).items():
         yield f"prepare    {name}: {' + '.join(splits)}, {job.plan().steps} steps"
+    if recipe.localize is not None:
+        yield f"localize   {localized(recipe.localize)}"
     for entry in recipe.unlearn:
         job = unlearn_job(resolved, entry, recipe.model)
         terms = " + ".join(f"{weight:g}·{term}" for term, weight in job.term_weights.items() if weight)

@@ -59,15 +59,17 @@ def make_plan(
     retain_ratio: int = 1,
     chunk: int | None = None,
     world: int = 1,
+    reads_forget: bool = True,
 ) -> Plan:
     """Steps over the rows of a job.
 
     Forget rows are a stream of shuffled epochs cut into equal steps; retain rows are an independent stream, so every
     retain row is met. Without forget rows (fine-tuning) the retain stream sets the number of steps. With `chunk`, the
-    forget rows are cut into chunks of that many rows, each trained on for all epochs before the next one comes.
+    forget rows are cut into chunks of that many rows, each trained on for all epochs before the next one comes. Unless
+    the loss `reads_forget`, forget rows are in no step: they only say how many steps there are.
     """
     leading = sides.forget or sides.retain
-    steps = _Steps(sides, train, seed, retain_batch, retain_ratio, world)
+    steps = _Steps(sides, train, seed, retain_batch, retain_ratio, world, reads_forget)
     restarts = []
     for start in range(0, len(leading), chunk or max(len(leading), 1)):
         restarts.append(steps.count)
@@ -79,9 +81,17 @@ class _Steps:
     """Steps so far, and the streams that the next ones draw from."""
 
     def __init__(
-        self, sides: Sides, train: TrainConfig, seed: int, retain_batch: int | None, retain_ratio: int, world: int
+        self,
+        sides: Sides,
+        train: TrainConfig,
+        seed: int,
+        retain_batch: int | None,
+        retain_ratio: int,
+        world: int,
+        reads_forget: bool,
     ) -> None:
         self.sides, self.train, self.seed = sides, train, seed
+        self.reads_forget = reads_forget
         self.retain_batch, self.retain_ratio = retain_batch, retain_ratio
         self.parts = train.accumulation * world
         self.micro_batches: list[MicroBatch] = []
@@ -94,7 +104,7 @@ class _Steps:
         sides, train = self.sides, self.train
         batch = min(train.batch_size, len(leading))
         beside = min(self.retain_batch or batch * self.retain_ratio, len(sides.retain)) if sides.forget else 0
-        self._check_split(batch + beside)
+        self._check_split((batch if self.reads_forget or not sides.forget else 0) + beside)
         steps = math.ceil(train.epochs * len(leading) / batch) if batch else 0
         if train.max_steps is not None:
             steps = min(steps, train.max_steps - self.count)
@@ -102,7 +112,7 @@ class _Steps:
         for step in range(steps):
             first = [next(forget) for _ in range(batch)] if sides.forget else []
             second = [next(self.retain) for _ in range(beside if sides.forget else batch)] if sides.retain else []
-            self._step(first, second, epoch=step * batch // len(leading))
+            self._step(first if self.reads_forget else [], second, epoch=step * batch // len(leading))
 
     def _step(self, forget: Sequence[int], retain: Sequence[int], epoch: int) -> None:
         first, second = ([self._beside(row) for row in rows] for rows in (forget, retain))

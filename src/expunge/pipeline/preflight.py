@@ -80,6 +80,7 @@ def check_context(model: Candidate, rows: Mapping[str, Sequence[Encoded]]) -> No
 def check_job(job: Job, start: ModelConfig) -> None:
     """Raises UserError for what would stop a training run at its first step; `start` has the architecture."""
     from expunge.pipeline.job import check_terms, prepare_parameters
+    from expunge.pipeline.masked import check_reset
 
     job.plan(process_count())
     folder = resolve_folder(start.id, start.revision)
@@ -94,4 +95,6 @@ def check_job(job: Job, start: ModelConfig) -> None:
         return
     if job.objective is not None:
         job.objective.check(modules)
-    prepare_parameters(modules, job)
+    prepared = prepare_parameters(modules, job)
+    if job.reset is not None:
+        check_reset(prepared, job.reset)

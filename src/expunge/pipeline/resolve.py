@@ -14,11 +14,14 @@ from expunge.data.example import Splits
 from expunge.data.load import load_splits
 from expunge.data.template import resolve_template
 from expunge.errors import UserError
+from expunge.localize.masks import Mask
 from expunge.merging.plan import plan_merge
 from expunge.methods.base import Objective, build_objective
 from expunge.pipeline.asked import Asked, ask, exam_of
 from expunge.pipeline.entries import Beside, beside, check_entry, prepare_jobs, unlearn_job
 from expunge.pipeline.job import Job
+from expunge.pipeline.localize_check import check_recipe as check_localize
+from expunge.pipeline.masked import widest_mask
 from expunge.pipeline.merge_search_rows import SearchRows, search_rows
 from expunge.pipeline.merge_search_space import Space, check_alone
 from expunge.pipeline.preflight import check_context, check_job, check_same_tokens, open_candidate
@@ -38,6 +41,7 @@ class Resolved:
     template: Any
     asked: Asked  # what every model is asked in the end
     search: SearchRows | None = None  # what the merge is searched on, if it is
+    mask: Mask | None = None  # what may change, where the recipe names a file of it
 
     def data_record(self) -> dict[str, dict[str, Any]]:
         """Rows, role, digest and cuts of each split, for run.json."""
@@ -82,6 +86,9 @@ def resolve(recipe: Recipe) -> Resolved:
     if recipe.evaluate.lm_eval:
         hint = "run them on the result: expunge eval OUT/model --set evaluate.lm_eval=[mmlu]"
         problems.append(UserError("evaluate.lm_eval: a run does not run lm-eval's tasks", hint))
+    mask = None
+    if splits is not None and model is not None:
+        mask = attempt(check_localize, recipe, [split.name for split in splits], model.skeleton)
     for entry in recipe.unlearn if splits is not None else []:
         attempt(_check_retain, entry, objectives[entry.name], "retain" in splits)
     rows: dict[str, list[Encoded]] = {}
@@ -99,7 +106,7 @@ def resolve(recipe: Recipe) -> Resolved:
     _raise_all(problems)
     assert splits is not None
     asked = ask(exam, splits, tokenizer, recipe.data)
-    resolved = Resolved(recipe, splits, rows, objectives, built, tokenizer, template, asked, search)
+    resolved = Resolved(recipe, splits, rows, objectives, built, tokenizer, template, asked, search, mask)
     for job in _jobs(resolved):
         attempt(check_job, job, recipe.model)
     _raise_all(problems)
@@ -125,8 +132,11 @@ def _others(recipe: Recipe) -> list[tuple[str, ModelConfig]]:
 
 
 def _jobs(resolved: Resolved) -> list[Job]:
-    """Every training run of a recipe, with stand-ins where a stage decides (selection, samples)."""
-    jobs = [unlearn_job(resolved, entry, resolved.recipe.model) for entry in resolved.recipe.unlearn]
+    """Every training run of a recipe, with stand-ins where a stage decides (selection, samples, mask)."""
+    recipe, mask = resolved.recipe, resolved.mask
+    if recipe.localize is not None and recipe.localize.mask is None:
+        mask = widest_mask(recipe.localize.unit, recipe.model)
+    jobs = [unlearn_job(resolved, entry, recipe.model, mask=mask) for entry in recipe.unlearn]
     return [*(job for _, job in list(prepare_jobs(resolved).values())[:1]), *jobs]
 
 

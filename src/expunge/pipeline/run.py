@@ -1,4 +1,4 @@
-"""A run from recipe to report: prepare → unlearn ×N → merge → evaluate → metrics → report."""
+"""A run from recipe to report: prepare → localize → unlearn ×N → merge → evaluate → metrics → report."""
 
 from __future__ import annotations
 
@@ -96,10 +96,11 @@ def _models(stages: Stages) -> list[Variant]:
         known = {"original": given if recipe.prepare else None, "reference": reference}
         return known.get(tokens.model) or stages.given(SELECTOR, ModelConfig(id=tokens.model))
 
+    mask = stages.localized(target)
     unlearned = []
     for entry in recipe.unlearn:
         whole = recipe.merge is None and entry.lora is None
-        made = stages.unlearned(entry, "model" if whole else f"models/{entry.name}", target, lacking)
+        made = stages.unlearned(entry, "model" if whole else f"models/{entry.name}", target, lacking, mask)
         unlearned.append(Variant(entry.name, made.config, made.digest))
     variants = [given] if target is given else [given, target]
     if recipe.merge is not None:
@@ -108,6 +109,8 @@ def _models(stages: Stages) -> list[Variant]:
         unlearned.append(stages.merged([by_name[name] for name in chosen], target, reference))
     elif recipe.unlearn[0].lora is not None:
         unlearned = [stages.folded(unlearned[0])]
+    for variant in unlearned:
+        stages.landed(variant, target, mask)
     return [*variants, *unlearned, *([reference] if reference else [])]
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from expunge.data.encode import Encoded
+from expunge.localize.masks import Mask, read_mask
 from expunge.methods.step import ForgetView
-from expunge.models.files import adapter_base
-from expunge.models.load import is_adapter, load_model, resolve_folder
+from expunge.models.load import load_model, model_digest, resolve_folder
 from expunge.models.save import save_model
 from expunge.pipeline.entries import alternatives_of, fallen_tokens, knowledge_tokens, unlearn_job
 from expunge.pipeline.evaluate import LazyModel, write_generations, write_scores
@@ -23,8 +23,8 @@ from expunge.pipeline.resolve import Resolved, rows_digest
 from expunge.pipeline.samples import read_samples, write_samples
 from expunge.pipeline.snapshots import Recorder
 from expunge.pipeline.training import train
+from expunge.pipeline.updates import write_updates
 from expunge.recipe import ModelConfig, TokenSelection, UnlearnConfig
-from expunge.runs.provenance import file_digest, folder_digest
 from expunge.runs.store import RunDirectory, StageResult
 
 #: Name of a model that only chooses tokens and is not evaluated.
@@ -100,15 +100,47 @@ class Stages:
             self.reporter.line(f"  note: {name}: {result.outputs['note']}")
         return self._variant(target.rpartition("/")[2], result, model)
 
-    def unlearned(
-        self, entry: UnlearnConfig, target: str, model: Variant, lacking: Callable[[TokenSelection], Variant]
-    ) -> Variant:
-        """The model of one unlearn entry; `lacking` as in `job`."""
-        return self.trained(f"unlearn/{entry.name}", target, self.job(entry, model, lacking), model)
+    def localized(self, model: Variant) -> Mask | None:
+        """The part of a model that unlearning may change; None where the recipe does not say."""
+        config = self.resolved.recipe.localize
+        if config is None:
+            return None
+        from expunge.pipeline.localize import MASK, stage_inputs, write_stage
 
-    def job(self, entry: UnlearnConfig, model: Variant, lacking: Callable[[TokenSelection], Variant]) -> Job:
+        inputs = {"model": model.digest, **stage_inputs(self.resolved, model.digest)}
+
+        def work(folder: Path) -> Mapping[str, Any]:
+            if process_rank() != 0:
+                return {}
+            return write_stage(self.resolved, model.config, model.digest, folder, self.reporter)
+
+        made = self._stage("localize", "localize", inputs, work)
+        if self.directory is not None:
+            self.directory.note(f"localize: {made.outputs['answer']}")
+            self.reporter.line(f"  localize: {made.outputs['answer']}")
+        return self.resolved.mask or read_mask(made.path / MASK)
+
+    def unlearned(
+        self,
+        entry: UnlearnConfig,
+        target: str,
+        model: Variant,
+        lacking: Callable[[TokenSelection], Variant],
+        mask: Mask | None = None,
+    ) -> Variant:
+        """The model of one unlearn entry; `lacking` and `mask` as in `job`."""
+        return self.trained(f"unlearn/{entry.name}", target, self.job(entry, model, lacking, mask), model)
+
+    def job(
+        self,
+        entry: UnlearnConfig,
+        model: Variant,
+        lacking: Callable[[TokenSelection], Variant],
+        mask: Mask | None = None,
+    ) -> Job:
         """The training run of one unlearn entry; `lacking` gives the model that lacks the knowledge, to choose tokens.
 
+        Only what is inside `mask` is changed; everything that the entry trains where there is none.
         What models must say first (chosen tokens, sampled answers) becomes stages of its own.
         """
         selection, sampled = None, None
@@ -116,7 +148,7 @@ class Stages:
             selection = self._knowledge(entry, model, lacking(entry.tokens))
         if alternatives_of(entry, self.resolved.objectives[entry.name]) == "sampled":
             sampled = self._samples(entry, model)
-        return unlearn_job(self.resolved, entry, model.config, selection, sampled)
+        return unlearn_job(self.resolved, entry, model.config, selection, sampled, mask=mask)
 
     def _knowledge(self, entry: UnlearnConfig, model: Variant, lacking: Variant) -> list[np.ndarray]:
         """Masks of the tokens that carry the knowledge, from the scores of a model that lacks it."""
@@ -231,6 +263,20 @@ class Stages:
 
         return self._variant(variant.name, self._stage("fold", "model", {"adapter": variant.digest}, work), variant)
 
+    def landed(self, variant: Variant, before: Variant, mask: Mask | None = None) -> StageResult:
+        """Where an unlearned model differs from the one that it was made from, as `updates/NAME/updates.json`."""
+        inputs = {"model": variant.digest, "before": before.digest, "dtype": before.config.dtype}
+        inputs |= {"mask": mask.digest} if mask is not None else {}
+        name = f"updates/{variant.name}"
+
+        def work(folder: Path) -> None:
+            if process_rank() == 0:
+                with self.reporter.bar(name, 1) as tick:
+                    write_updates(before.config, variant.config, mask, folder / "out")
+                    tick(1)
+
+        return self._stage(name, name, inputs, work)
+
     def scores(self, variant: Variant, rows: Mapping[str, Sequence[Encoded]], target: str = "") -> StageResult:
         """The scoring pass of a variant over splits."""
         config = self.resolved.asked.exam.config
@@ -301,16 +347,6 @@ class Stages:
         return Variant(name, config, result.digest, result.seconds, result.skipped)
 
 
-def model_digest(place: Path) -> str:
-    """Digest of a model's files; of an adapter, its base's too."""
-    if place.is_file():
-        return file_digest(place)
-    own = folder_digest(place)
-    if is_adapter(place):
-        own += folder_digest(resolve_folder(adapter_base(place)))
-    return own
-
-
 def job_inputs(job: Job) -> dict[str, Any]:
     """What a training run depends on, its start model aside, as plain data for a digest."""
     return {
@@ -345,5 +381,12 @@ def _switches(job: Job) -> dict[str, Any]:
         "gradient_projection": job.gradient_projection or None,
         "stop_when": [rule.model_dump(mode="json") for rule in job.stop_when] or None,
         "watched": {name: rows_digest(watched.rows) for name, watched in job.watched.items()} or None,
+        "mask": None if job.mask is None else job.mask.digest,
+        "reset": None if job.reset is None else _digest_of(job.reset),
     }
     return {name: value for name, value in switches.items() if value is not None}
+
+
+def _digest_of(config: ModelConfig) -> str:
+    """Digest of a model that is given, made by the process that writes; the others have no use for it."""
+    return model_digest(resolve_folder(config.id, config.revision)) if process_rank() == 0 else ""

@@ -26,6 +26,7 @@ from expunge.models.passes import Forward
 from expunge.models.prefix import Prefix
 from expunge.models.reference import ReferenceCache
 from expunge.pipeline.gradients import two_sided
+from expunge.pipeline.masked import Masked
 from expunge.pipeline.plan import MicroBatch, Plan
 from expunge.recipe import TrainConfig
 
@@ -120,8 +121,9 @@ class UnlearnTrainer(Trainer):
         loss: Loss,
         on_step: OnStep,
         callbacks: Sequence[TrainerCallback] = (),
+        masked: Masked | None = None,
     ) -> None:
-        self.loss = loss
+        self.loss, self.masked = loss, masked
         self.data = data
         self.sums: dict[str, Tensor] = {}
         self.held: list[dict[str, Any]] = []
@@ -154,6 +156,8 @@ class UnlearnTrainer(Trainer):
                 for inputs in held:
                     self._backward_side(model, inputs, side, record=passes[side] == 1)
             self._average(trained)
+            if self.masked is not None:  # before a gradient's length or direction is looked at
+                self.masked.keep_gradients_inside()
 
         two_sided(trained, backward, rho=self.loss.sam, project=self.loss.projection)
         return zero
@@ -226,7 +230,17 @@ class UnlearnTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def create_optimizer(self, *given: Any) -> Any:
+        """AdamW; with a mask, its weight decay acts inside alone."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*given)
+        if fresh and self.masked is not None:
+            self.masked.take_over_decay(optimizer)
+        return optimizer
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self.masked is not None:
+            self.masked.keep_gradients_inside()
         norm = super()._clip_grad_norm(model)
         if norm is not None and not torch.isfinite(torch.as_tensor(float(norm))):
             raise self._non_finite("gradient")

@@ -30,6 +30,7 @@ from expunge.models.prefix import Prefix, open_prefix
 from expunge.models.reference import build_reference
 from expunge.models.save import save_model
 from expunge.pipeline.job import Job, check_terms, prepare_parameters
+from expunge.pipeline.masked import Masked, reset_weights
 from expunge.pipeline.plan import Plan
 from expunge.pipeline.processes import process_count, process_rank
 from expunge.pipeline.stopping import OnLook, Stopping, load_trained_state, trained_state
@@ -87,12 +88,25 @@ def fit(job: Job, work: Path, **watchers: Any) -> Iterator[Fitted]:
     if job.objective is not None:
         job.objective.check(model)
     fitted = _combined if isinstance(job.objective, WeightObjective) else _fit
-    result = fitted(job, prepare_parameters(model, job), loaded, work, Watchers(**watchers))
+    model = prepare_parameters(model, job)
+    if job.reset is not None:
+        reset_weights(model, job.reset, job.mask)
+    result = fitted(job, model, loaded, work, Watchers(**watchers))
     del model
     yield result
     # a trainer and its model refer to each other: without this, the next stage's model would stand beside this one
     del result, loaded
     gc.collect()
+
+
+def fit_further(job: Job, fitted: Fitted, work: Path, **watchers: Any) -> Fitted:
+    """Train a model that is in memory on, with all that `job` trains; nothing is loaded. See `fit`."""
+    torch.manual_seed(job.seed)
+    check_terms(job)
+    work.mkdir(parents=True, exist_ok=True)
+    model: nn.Module = fitted.model.requires_grad_(True)
+    loaded = Loaded(model, fitted.tokenizer, fitted.folder, job.model.id)
+    return _fit(job, prepare_parameters(model, job), loaded, work, Watchers(**watchers))
 
 
 def _fit(job: Job, model: nn.Module, loaded: Loaded, work: Path, watchers: Watchers) -> Fitted:
@@ -116,7 +130,9 @@ def _fit(job: Job, model: nn.Module, loaded: Loaded, work: Path, watchers: Watch
     stopping = Stopping(job.stop_when, job.watched, work, half, watchers.on_look)
     left_out = ["forget"] if job.objective is not None and not job.objective.about.reads_forget else []
     data = MicroBatches(plan, job.rows, job.selection, left_out)
-    trainer = UnlearnTrainer(model, data, arguments, loss, watchers.on_step, [stopping, *watchers.callbacks])
+    masked = Masked(model, job.mask) if job.mask is not None and job.lora is None else None
+    callbacks = [stopping, *watchers.callbacks]
+    trainer = UnlearnTrainer(model, data, arguments, loss, watchers.on_step, callbacks, masked)
     _check_sharding(job, trainer.accelerator.distributed_type.value)
     checkpoint = _last_checkpoint(work / "checkpoints")
     if checkpoint is not None:
@@ -177,7 +193,13 @@ def _shifted(watchers: Watchers, before: int) -> Watchers:
 def _check_sharding(job: Job, kind: str) -> None:
     """Raises UserError for what needs whole parameters or gradients where each process holds a part of them."""
     weights = isinstance(job.objective, WeightObjective)
-    asked = {"sam": job.sam, "gradient_projection": job.gradient_projection, "stop_when": job.stop_when, "it": weights}
+    asked = {
+        "sam": job.sam,
+        "gradient_projection": job.gradient_projection,
+        "stop_when": job.stop_when,
+        "a mask": job.mask is not None and job.lora is None,  # with adapters it only says where they go
+        "it": weights,
+    }
     found = [name for name, given in asked.items() if given]
     if kind in ("FSDP", "DEEPSPEED") and found:
         what = f"method {job.objective.about.name}" if found == ["it"] and job.objective else found[0]

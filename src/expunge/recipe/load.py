@@ -190,6 +190,10 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     at(tree, "model")
     at(tree, "reference")
+    for entry in tree["unlearn"] if isinstance(tree.get("unlearn"), list) else []:
+        at(entry, "reset")
+    for key in ("mask", "against"):
+        at(tree.get("localize"), key)
     data = tree.get("data")
     if isinstance(data, dict):
         for key in ("forget", "retain", "retain_unseen", "holdout"):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from expunge.recipe.base import Density, DType, Frozen, Name, NonNegative, Positive
+from expunge.recipe.localize import LocalizeConfig
 from expunge.recipe.search import SearchConfig
 
 
@@ -236,6 +237,9 @@ class UnlearnConfig(Frozen):
     trainable: list[Pattern] | None = Field(
         None, description="patterns of parameter names to train; the objective's own when absent"
     )
+    reset: Model | None = Field(
+        None, description="the part that is trained starts from this model's weights, e.g. the base before fine-tuning"
+    )
     lora: Lora | None = None
     train: TrainConfig = TrainConfig()
     seed: int | None = Field(None, description="the recipe's seed when absent")
@@ -319,6 +323,9 @@ class Recipe(Frozen):
     reference: Model | None = Field(None, description="a model that never saw the forget rows, if there is one")
     data: DataConfig
     prepare: PrepareConfig | None = Field(None, description="first teach the model the data (for experiments)")
+    localize: LocalizeConfig | None = Field(
+        None, description="unlearning changes only this part of the model; all of it when absent"
+    )
     unlearn: list[UnlearnConfig] = Field(min_length=1)
     merge: MergeConfig | None = None
     evaluate: EvaluateConfig = EvaluateConfig()

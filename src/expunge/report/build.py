@@ -22,6 +22,8 @@ from expunge.report.samples import sample_tables
 from expunge.report.svg import domain
 from expunge.report.tables import comparison, metric_glossary, row_counts, shown_variants, variant_label
 from expunge.report.text import clean, human, marked_spans, plural
+from expunge.report.update_page import update_section
+from expunge.report.update_record import read_updates
 from expunge.report.verdict import (
     forget_threshold,
     forgotten,
@@ -97,7 +99,9 @@ def content(record: RunRecord, samples: int) -> dict[str, Any]:
     asked = record.recipe.evaluate.convention if record.recipe else None
     convention = convention_named(numbers[0].convention if numbers else asked)
     evidence = evidence_section(record, convention)
-    further = [*attack_sections(record), *benchmark_sections(record, numbers), *([evidence] if evidence else [])]
+    landed = update_section(record)
+    further = [*attack_sections(record), *benchmark_sections(record, numbers)]
+    further += [section for section in (evidence, landed) if section is not None]
     return {
         "record": record,
         "page_title": f"{record.name} – unlearning report",
@@ -233,6 +237,8 @@ def absent(record: RunRecord) -> list[str]:
         said.append("values.parquet is missing: there are no values per row.")
     if not any(record.generated_ids(record.result, split) for split in record.splits):
         said.append("No answers were generated: there are no samples to read.")
+    if record.measures and not read_updates(record.path):
+        said.append("Where the update landed was not recorded.")
     if record.recipe is not None and record.recipe.prepare is None:
         said.append("The target was not trained here: what it was taught, and how, is not part of this record.")
     if not record.curves and (record.path / "events.jsonl").is_file():

@@ -158,7 +158,11 @@ def area_under(
 
 def aues(points: Sequence[CalibrationPoint]) -> float | None:
     """∫₀¹ max{1 − forget : retain ≥ τ} dτ (arXiv:2505.16252, as the area of the envelope); 0 beyond every retain."""
-    measured = [(point.retain, 1 - point.forget) for point in points if point.forget is not None]
+    return envelope_area([(point.retain, 1 - point.forget) for point in points if point.forget is not None])
+
+
+def envelope_area(measured: Sequence[tuple[float, float]]) -> float | None:
+    """∫ max{value : reach ≥ τ} dτ over the pairs (reach, value), τ from 0 to the largest reach; None without pairs."""
     return _under_steps(measured, max) if measured else None
 
 

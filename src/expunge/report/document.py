@@ -19,7 +19,7 @@ from expunge.report.judgement import Verdict
 #: File → kind of what was found. These files hold a whole Document.
 STUDY, AUDIT = "study.json", "audit.json"
 SCHEMA = "expunge.document/1"
-Kind = Literal["study", "attack", "calibration", "evaluation", "audit", "search"]
+Kind = Literal["study", "attack", "calibration", "evaluation", "audit", "search", "localization"]
 
 
 class TableCell(Frozen):

@@ -22,6 +22,7 @@ _EYEBROWS = {
     "evaluation": "Evaluation",
     "audit": "Audit of metrics",
     "search": "Search of a merge",
+    "localization": "Localization",
 }
 _FOOTERS = {
     "study": "the numbers stand in study.json and trials.parquet, every token's in trials/",
@@ -30,6 +31,7 @@ _FOOTERS = {
     "evaluation": "the numbers stand in metrics.json, every row's in values.parquet, every token's in scores/",
     "audit": "the numbers stand in audit.json",
     "search": "the numbers stand in search.json, what was written in merge.json",
+    "localization": "the numbers stand in the .json beside the mask, the score of every unit in .scores.safetensors",
 }
 
 

@@ -115,7 +115,7 @@ def heat(shown: Heat) -> Markup:
     """Many small cells; their numbers show under the pointer, and a legend has the ends of the scale."""
     if not any(value is not None for line in shown.values for value in line):
         return Markup("")
-    left = min(170.0, 12 + max((svg.text_width(name, 14) for name in shown.rows), default=0.0))
+    left = min(230.0, 12 + max((svg.text_width(name, 14) for name in shown.rows), default=0.0))
     wide, high, top = max(8.0, min(34.0, 420.0 / max(1, len(shown.columns)))), 20.0, 44.0
     right, bottom = left + wide * len(shown.columns), top + high * len(shown.rows)
     parts = _legend(shown, max(left, right - 168), right)
@@ -138,7 +138,8 @@ def heat(shown: Heat) -> Markup:
     said = (
         f"{shown.measure} over {shown.row_name} and {shown.column_name}, {number(min(known))} to {number(max(known))}"
     )
-    return svg.picture(right + 12, bottom + 42, f"{shown.title}: {said}", *parts, class_="figure heat-map heat")
+    width = max(right + 12, 400.0)  # few columns are not blown up to the width of the page
+    return svg.picture(width, bottom + 42, f"{shown.title}: {said}", *parts, class_="figure heat-map heat")
 
 
 def _legend(shown: Heat, start: float, end: float) -> list[Markup]:

@@ -10,6 +10,8 @@ from expunge.report.build import build_report
 from expunge.report.calibration_page import calibration_document
 from expunge.report.document import AUDIT, STUDY, Document, read_document
 from expunge.report.document_page import build_document_report, told_record, write_page
+from expunge.report.localization_page import write_localization_page
+from expunge.report.localization_record import SUFFIX, beside, read_localization
 from expunge.report.records import RunRecord
 from expunge.report.search_page import write_search_page
 
@@ -17,9 +19,13 @@ from expunge.report.search_page import write_search_page
 def build_page(folder: Path) -> tuple[Path, str]:
     """Write `report.html` into a folder; its path, and the answer in a sentence ("" for a run, which has a table).
 
-    Raises UserError where the folder is none that a command wrote, or a file of it is broken.
+    The file of a mask has its page beside it. Raises UserError where the folder is none that a command wrote, or a file
+    of it is broken.
     """
     folder = Path(folder)
+    if folder.suffix == SUFFIX and not folder.is_dir():
+        localization = read_localization(beside(folder)["record"])
+        return write_localization_page(folder, localization), localization.answer
     for name in (STUDY, AUDIT):
         if (folder / name).is_file():
             return build_document_report(folder, name), read_document(folder, name).answer

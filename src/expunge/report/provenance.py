@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expunge.recipe.localize import LocalizeConfig
 from expunge.recipe.model import LoraConfig, TokenSelection, TrainConfig, UnlearnConfig
 from expunge.report.records import RunRecord, mapping
 from expunge.report.tables import variant_label
-from expunge.report.text import compact, duration, grouped, human, listed, percent, plural
+from expunge.report.text import compact, duration, grouped, human, listed, named, percent, plural
 
 #: Characters of a file that is shown whole inside the page.
 _WHOLE = 40_000
@@ -76,6 +77,8 @@ def in_words(record: RunRecord) -> list[tuple[str, str]]:
     if recipe.prepare:
         words = "target taught forget and retain rows, reference the retain rows alone: "
         lines.append(("Prepare", words + _training(recipe.prepare.train, recipe.prepare.lora)))
+    if recipe.localize:
+        lines.append(("Localize", localized(recipe.localize)))
     lines += [(f"Unlearn: {entry.name}", _objective(entry)) for entry in recipe.unlearn]
     if recipe.merge:
         merge = recipe.merge
@@ -99,6 +102,18 @@ def in_words(record: RunRecord) -> list[tuple[str, str]]:
     measured += f", first {plural(generate.limit, 'row')} of a split" if generate and generate.limit else ""
     lines.append(("Evaluate", measured))
     return lines
+
+
+def localized(config: LocalizeConfig) -> str:
+    """Which part of the model unlearning may change, in words."""
+    if config.mask is not None:
+        return f"only what is inside the mask {named(config.mask)} is changed"
+    where = {"model": "over the whole model", "layer": "in each layer", "tensor": "in each tensor"}[config.strata]
+    read = f", the first {plural(config.limit, 'row')} of a split" if config.limit else ""
+    against = f", beside the region {named(config.against)}" if config.against else ""
+    by = f"{config.by}{_parameters(config.parameters)}"
+    units = f"{percent(config.density)} of the {config.unit} units {where}"
+    return f"{units} by {by}{read}{against}; the rest stays as it is"
 
 
 def _objective(entry: UnlearnConfig) -> str:

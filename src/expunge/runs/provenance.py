@@ -59,10 +59,15 @@ def requirements() -> list[str]:
 
 def command_line(run: Path) -> str:
     """The command that makes this run: the one typed, or from Python the one that repeats it."""
+    return typed_command() or shlex.join(["expunge", "run", str(run / "recipe.resolved.yaml"), "-o", str(run)])
+
+
+def typed_command() -> str:
+    """The command that was typed; nothing from Python."""
     program = Path(sys.argv[0]).name if sys.argv else ""
     if program in ("expunge", "expunge.exe") or (program in ("app.py", "__main__.py") and "expunge" in sys.argv[0]):
         return shlex.join(["expunge", *sys.argv[1:]])
-    return shlex.join(["expunge", "run", str(run / "recipe.resolved.yaml"), "-o", str(run)])
+    return ""
 
 
 def file_digest(path: Path) -> str:

@@ -81,6 +81,7 @@ class Study:
     fixed: tuple[str, ...]  # fields of that entry that the study itself sets
     run: Callable[[Ground, Any], Document]
     reference: bool = True  # whether a model without the forget rows is taught beside the target
+    target: bool = True  # whether a model is taught all rows
     recipe: Callable[[Any, dict[str, Any]], None] | None = None  # the study's own changes to the recipe's tree
 
     def describe(self) -> dict[str, str]:
@@ -105,12 +106,13 @@ def study(
     entry: Callable[[Any], Mapping[str, Any]],
     fixed: Sequence[str],
     reference: bool = True,
+    target: bool = True,
     recipe: Callable[[Any, dict[str, Any]], None] | None = None,
 ) -> Callable[[Callable[[Ground, Any], Document]], Callable[[Ground, Any], Document]]:
     """Decorator that files a program over trials as the study `name`."""
 
     def file(run: Callable[[Ground, Any], Document]) -> Callable[[Ground, Any], Document]:
-        made = Study(name, summary, paper, estimate, options, entry, tuple(fixed), run, reference, recipe)
+        made = Study(name, summary, paper, estimate, options, entry, tuple(fixed), run, reference, target, recipe)
         STUDIES.register(name)(made)
         return run
 

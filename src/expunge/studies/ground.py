@@ -17,6 +17,7 @@ from expunge.studies.base import STUDIES, Study, StudyOptions, StudyResult
 
 if TYPE_CHECKING:
     from expunge.data.encode import Encoded
+    from expunge.pipeline.job import Job
     from expunge.pipeline.progress import Reporter
     from expunge.pipeline.resolve import Resolved
     from expunge.pipeline.snapshots import Recorder
@@ -130,8 +131,9 @@ class Ground:
         recipe, stages = self.whole.recipe, self.stages
         given = stages.given("original" if recipe.prepare else "target", recipe.model)
         found = {given.name: given}
+        wanted = {"target": self.study.target, "reference": self.study.reference}
         for name, (_, job) in prepare_jobs(self.whole).items():
-            if name == "reference" and not self.study.reference:
+            if not wanted[name]:
                 continue
             found[name] = stages.trained(f"prepare/{name}", f"models/{name}", job, given)
         if recipe.reference is not None:
@@ -235,6 +237,10 @@ class Ground:
         except DivergedError as error:
             self.remarks.append(f"{trial.name} broke off: {error.message}")
             return None
+
+    def job(self, trial: Planned, start: Variant) -> Job:
+        """The training of a trial from another model than the target."""
+        return self._inner(trial).job(trial.entry, start, self._lacking)
 
     def steps(self, entry: UnlearnConfig) -> int:
         """Optimizer steps of the training that an entry asks for."""

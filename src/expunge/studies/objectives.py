@@ -111,7 +111,7 @@ def _grid(ground: Ground, options: Objectives) -> tuple[dict[str, dict[float, Pl
     from expunge.methods.base import OBJECTIVES
 
     names = list(dict.fromkeys(options.methods)) if options.methods is not None else OBJECTIVES.names()
-    _check_parameters(options, names)
+    check_parameters(options, names)
     grid: dict[str, dict[float, Planned]] = {}
     left_out = {}
     for name in names:
@@ -137,18 +137,18 @@ def _trial(ground: Ground, options: Objectives, method: str, rate: float, number
     from expunge.studies.ground import Planned
 
     seed = options.seed + number
-    given = _given_parameters(options).get(method, {})
+    given = given_parameters(options).get(method, {})
     made = ground.entry(
         name=f"{method}-seed{seed}",
         method=method,
-        parameters={**_layer(ground, method), **given},
+        parameters={**layer_setting(ground, method), **given},
         seed=seed,
         train={"lr": rate},
     )
     return Planned(f"{method}-lr{rate_text(rate)}-seed{seed}", made, {"method": method, "rate": rate, "seed": seed})
 
 
-def _layer(ground: Ground, method: str) -> dict[str, int]:
+def layer_setting(ground: Ground, method: str) -> dict[str, int]:
     """The layer of a method that works at one, at the height in this model that it has in the published ones."""
     from expunge.methods.base import OBJECTIVES
     from expunge.methods.steering import AtLayer
@@ -160,7 +160,8 @@ def _layer(ground: Ground, method: str) -> dict[str, int]:
     return {"layer": int(len(decoder_layers(ground.architecture)) * cls.height)}
 
 
-def _given_parameters(options: Objectives) -> dict[str, dict[str, Any]]:
+def given_parameters(options: Any) -> dict[str, dict[str, Any]]:
+    """Hyper-parameters by method, from `--parameters`. Raises UserError for one that names no method."""
     from expunge.recipe import parse_overrides
 
     given: dict[str, dict[str, Any]] = {}
@@ -172,8 +173,9 @@ def _given_parameters(options: Objectives) -> dict[str, dict[str, Any]]:
     return given
 
 
-def _check_parameters(options: Objectives, names: Sequence[str]) -> None:
-    for method in _given_parameters(options):
+def check_parameters(options: Any, names: Sequence[str]) -> None:
+    """Raises UserError for hyper-parameters of methods that are not studied."""
+    for method in given_parameters(options):
         if method not in names:
             raise UserError(f"--parameters: method '{method}' is not among those studied", did_you_mean(method, names))
 

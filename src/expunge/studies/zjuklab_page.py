@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from expunge.numbers import without_nan
 from expunge.report.document import Column, Document, Section, Table, TableCell, TableRow
 from expunge.report.text import coinciding, human, interval, number, plural, shorten
 from expunge.studies import trends_page
@@ -338,7 +339,7 @@ def _limits(found: Found) -> list[str]:
 def results(found: Found, made: Sequence[Trend]) -> dict[str, Any]:
     """The same for machines; None for what is not known."""
     won, of = wins(found)
-    return _plain(
+    return without_nan(
         {
             "trends": [{**vars(one), "shown": one.shown} for one in made],
             "wins": {"merge": the_merge(found)[0], "seeds_won": won, "seeds": of, "judged_by": judged(found)},
@@ -378,14 +379,3 @@ def _merged(group: Sequence[Merged]) -> dict[str, Any]:
         "relative_norm": mean_of([relative_norm(merge) for merge in group]),
         "scores": {name: mean_of([merge.scores[name] for merge in group]) for name in names},
     }
-
-
-def _plain(value: Any) -> Any:
-    """Data that JSON can hold."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -1,0 +1,1 @@
+"""What `localization` runs, apart from the room of studies, which is read without torch."""
