@@ -212,8 +212,8 @@ def test_a_merge_that_can_not_be_made_is_left_out(
 def test_the_searched_merge_comes_last_and_goes_on(
     table: Table, models: tuple[Path, list[Specialist]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(zjuklab_merges, "KEPT", "retain:probability=0.1")  # of a model that was taught nothing
-    pair, asked, official = models[1], options(methods="linear", trials="1"), table.official()
+    monkeypatch.setattr(zjuklab_merges, "KEPT", "retain:probability")  # of a model that was taught nothing
+    pair, asked, official = models[1], options(methods="linear", trials="1", keep=0.1), table.official()
     calls = counted(official)
     with table.ground() as ground:
         found = merge_table(ground, asked, official, pair, table.target)
