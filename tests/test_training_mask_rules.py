@@ -24,7 +24,7 @@ from expunge.pipeline.masked import adapter_targets, check_reset
 from expunge.pipeline.preflight import check_job
 from expunge.pipeline.resolve import resolve
 from expunge.pipeline.stages import job_inputs
-from expunge.recipe import LocalizeConfig, LoraConfig, ModelConfig
+from expunge.recipe import LocalizeConfig, LoraConfig, ModelConfig, load_recipe
 from merging_models import gpt2
 from test_unlearn_entries import recipe
 from training_jobs import FORGET, QUICK, RETAIN, TINY, job, run
@@ -283,3 +283,14 @@ def test_finetune_has_as_many_steps_as_other_objectives(accumulation: int) -> No
 
 def test_check_terms_lets_masks_through() -> None:
     check_terms(job("npo", mask=random_mask(), reset=TINY))
+
+
+def test_original_is_the_model_before_it_was_taught(tmp_path: Path) -> None:
+    tree = recipe(tmp_path, method="finetune").model_dump(mode="json")
+    tree["unlearn"][0]["reset"] = "original"
+    with pytest.raises(UserError, match="there is no 'original' model here"):
+        load_recipe(tree)
+    tree["prepare"] = {}
+    resolved = resolve(load_recipe(tree))
+    (entry,) = resolved.recipe.unlearn
+    assert unlearn_job(resolved, entry, resolved.recipe.model).reset == resolved.recipe.model

@@ -83,8 +83,14 @@ def unlearn_job(
         lora=entry.lora,
         trainable=entry.trainable,
         mask=mask,
-        reset=entry.reset,
+        reset=_reset(entry, resolved.recipe),
     )
+
+
+def _reset(entry: UnlearnConfig, recipe: Recipe) -> ModelConfig | None:
+    """The model whose weights an entry starts from; `original` is the one that the recipe teaches its target."""
+    named = entry.reset is not None and entry.reset.id == "original"
+    return recipe.model if named and recipe.prepare is not None else entry.reset
 
 
 def prepare_jobs(resolved: Resolved) -> dict[str, tuple[list[str], Job]]:

@@ -143,7 +143,7 @@ def run_localize(question: Question, output: Path, reporter: Reporter) -> Locali
     check_context(candidate, rows)
     region = None if config.against is None else read_mask(config.against)
     digest = digest_of(question.model)
-    for note in notes:
+    for note in [*notes, *([f"{output} is written anew"] if output.exists() else [])]:
         reporter.line(f"  note: {note}")
     source = Source(question.model, question.model.id, digest, region, notes, question.command)
     read = read_rows(config, rows)

@@ -238,7 +238,9 @@ class UnlearnConfig(Frozen):
         None, description="patterns of parameter names to train; the objective's own when absent"
     )
     reset: Model | None = Field(
-        None, description="the part that is trained starts from this model's weights, e.g. the base before fine-tuning"
+        None,
+        description="the part that is trained starts from this model's weights: the base before fine-tuning, "
+        "`original` where `prepare` taught it",
     )
     lora: Lora | None = None
     train: TrainConfig = TrainConfig()
@@ -353,6 +355,10 @@ class Recipe(Frozen):
                 raise ValueError(f"merge.density: {len(self.merge.density)} densities for {count} models")
         available = {"original": self.prepare, "reference": self.prepare or self.reference}
         for entry in self.unlearn:
+            if entry.reset is not None and entry.reset.id == "original" and self.prepare is None:
+                raise ValueError(
+                    f"unlearn.{entry.name}.reset: there is no 'original' model here; name the base that was fine-tuned"
+                )
             if entry.tokens.by == "knowledge" and available.get(entry.tokens.model, True) is None:
                 raise ValueError(
                     f"unlearn.{entry.name}.tokens.model: there is no '{entry.tokens.model}' model here; "
