@@ -243,6 +243,17 @@ def test_oracle_finds_its_region_and_complement_nothing_of_it(unit: str, name: s
     assert auc(other.scores, region, other.families) == 0
 
 
+@pytest.mark.parametrize(("by", "density", "side"), [("oracle", 0.5, "inside"), ("complement", 0.95, "outside")])
+@pytest.mark.parametrize("strata", ["model", "layer"])
+def test_a_control_never_leaves_its_side_of_the_region(by: str, density: float, side: str, strata: Any) -> None:
+    network = model("llama")
+    given = evidence(network, "value_vector", region=region_of(network, "value_vector", 0.1))
+    with pytest.raises(UserError, match=f"{by} chooses {side} the known region, and of") as refused:
+        locate(build_attribution(by, {}), given, density, strata)
+    allowed = float(refused.value.hint.split("--density ")[1].split(",")[0])
+    assert locate(build_attribution(by, {}), given, allowed, "model").mask.inside
+
+
 def test_complements_of_other_seeds_and_random_are_other_units() -> None:
     network = model("llama")
     region = region_of(network, "value_vector", 0.1)

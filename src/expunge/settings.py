@@ -42,7 +42,8 @@ def build(kind: str, name: str, cls: type[T], parameters: Mapping[str, Any]) -> 
     valid = [item.name for item in dataclasses.fields(fields)]
     for key in parameters:
         if key not in valid:
-            raise UserError(f"{kind} {name} has no parameter '{key}'", did_you_mean(key, valid))
+            hint = did_you_mean(key, valid) if valid else f"{name} has none: leave it out"
+            raise UserError(f"{kind} {name} has no parameter '{key}'", hint)
     try:
         return TypeAdapter(cls).validate_python(dict(parameters))
     except ValidationError as error:

@@ -36,6 +36,8 @@ class AttributionDeclaration:
     #: units that it can tell apart; empty: all
     units: tuple[str, ...] = ()
     control: bool = False  # it does not look for the knowledge: what others are compared with
+    #: where a choice that a known region bounds has to stay; "": anywhere
+    side: Literal["", "inside", "outside"] = ""
 
 
 class Attribution(ABC):

@@ -20,9 +20,10 @@ from expunge.localize.random_ import draw, lay
     paper="2505.16252",
     needs=("region",),
     control=True,
+    side="outside",
 )
 class Complement(Attribution):
-    """Disjoint from the region as long as the density leaves room outside it; the lots are not those of `random`."""
+    """Disjoint from the region: more units than lie outside can't be asked for. The lots are not those of `random`."""
 
     def saliency(self, evidence: Evidence) -> Saliency:
         """The number of its unit for every weight. Raises UserError as `known_region`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from expunge.localize.base import Attribution, AttributionDeclaration
 from expunge.localize.choose import choose, mask_of, unit_scores
 from expunge.localize.evidence import Evidence
 from expunge.localize.masks import Mask
+from expunge.localize.quality import touched
 from expunge.localize.units import Family
 from expunge.recipe import Strata
 from expunge.runs.atomic import replacing
@@ -68,6 +70,8 @@ def locate(
     # the scores of weights are given up as soon as those of units are there
     scores = unit_scores(evidence.families, attribution.saliency(evidence), declared.pool)
     chosen = choose(evidence.families, scores, density, strata)
+    if declared.side and evidence.region is not None:
+        _check_side(declared, evidence.families, chosen, touched(evidence.region, evidence.families))
     settings: Any = attribution
     origin = {
         "by": declared.name,
@@ -81,6 +85,22 @@ def locate(
         "rows": {name: len(evidence.rows[name]) for name in sorted(evidence.used)},
     }
     return Located(mask_of(evidence.families, chosen, {**origin, **(about or {})}), evidence.families, scores)
+
+
+def _check_side(
+    about: AttributionDeclaration, families: Sequence[Family], chosen: Sequence[Tensor], region: Sequence[Tensor]
+) -> None:
+    """Raises UserError if so many units are asked for that a choice left its side of the known region."""
+    inside = about.side == "inside"
+    strays = sum(int((own.cpu() & (hit != inside)).sum()) for own, hit in zip(chosen, region, strict=True))
+    if strays:
+        room = sum(int((hit == inside).sum()) for hit in region)
+        units = sum(family.count for family in families)
+        raise UserError(
+            f"{about.name} chooses {about.side} the known region, and of {sum(int(own.sum()) for own in chosen)} units "
+            f"{strays} had no place there: {room} of {units} are {about.side}",
+            f"ask for fewer: --density {floor(1000 * room / units) / 1000:g}, with --strata model",
+        )
 
 
 def scores_file(mask: Path) -> Path:

@@ -17,9 +17,10 @@ from expunge.localize.evidence import Evidence
     paper="2505.16252",
     needs=("region",),
     control=True,
+    side="inside",
 )
 class Oracle(Attribution):
-    """A unit scores the part of its weights that is inside; beyond the region, units come in the model's order."""
+    """A unit scores the part of its weights that is inside; more units than have any can't be asked for."""
 
     def saliency(self, evidence: Evidence) -> Saliency:
         """The region as numbers, as broadcast as its mask is. Raises UserError as `known_region`."""

@@ -101,6 +101,26 @@ def inside(truth: Mask, families: Sequence[Family]) -> list[Tensor]:
     ]
 
 
+def touched(region: Mask, families: Sequence[Family]) -> list[Tensor]:
+    """Per family, which units have any weight inside the region, bool [count]."""
+    parts = unit_scores(families, _parts(region, families), "mean")
+    return [
+        torch.zeros(family.count, dtype=torch.bool) if part is None else part.cpu() > 0
+        for family, part in zip(families, parts, strict=True)
+    ]
+
+
+def check_region(region: Mask, families: Sequence[Family], unit: str) -> None:
+    """Raises UserError for a region of which no whole unit of this kind could be a part."""
+    if not any(slab.parameter in region.inside for family in families for slab in family.slabs):
+        made_of = region.about.get("unit")
+        whose = f": it is made of {str(made_of).replace('_', ' ')}s" if made_of else ""
+        raise UserError(
+            f"the known region has no weight of any {unit}{whose}",
+            "choose the unit that the region was made of" + (f": --unit {made_of}" if made_of else ""),
+        )
+
+
 def energy_inside(changes: Iterable[tuple[str, Tensor, Tensor]], region: Mask) -> float | None:
     """‖Δθ inside the region‖² / ‖Δθ‖² over (name, before, after), in [0, 1]; None if nothing has changed.
 

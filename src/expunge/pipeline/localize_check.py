@@ -9,6 +9,7 @@ from expunge.errors import UserError
 from expunge.localize.base import Attribution, build_attribution
 from expunge.localize.locate import check_fit
 from expunge.localize.masks import Mask, read_mask
+from expunge.localize.quality import check_region
 from expunge.localize.units import units_of
 from expunge.models.files import is_adapter
 from expunge.models.load import model_digest, resolve_folder
@@ -33,9 +34,10 @@ def check_architecture(config: LocalizeConfig, modules: Any) -> None:
     region = None if config.against is None else read_mask(config.against)
     if modules is None:
         return
-    units_of(modules, config.unit)
+    families = units_of(modules, config.unit)
     if region is not None:
         region.bound(modules)
+        check_region(region, families, config.unit)
 
 
 def check_whole(config: ModelConfig) -> None:

@@ -27,11 +27,12 @@ def outline(resolved: Resolved, output: Path) -> Iterator[str]:
         yield f"localize   {localized(recipe.localize)}"
     for entry in recipe.unlearn:
         job = unlearn_job(resolved, entry, recipe.model)
-        terms = " + ".join(f"{weight:g}·{term}" for term, weight in job.term_weights.items() if weight)
+        left_out = () if job.reads_forget else ("forget",)
+        terms = " + ".join(f"{w:g}·{term}" for term, w in job.term_weights.items() if w and term not in left_out)
         adapters = f", LoRA of rank {entry.lora.rank}" if entry.lora else ""
         trainings = len(resolved.objectives[entry.name].variations(entry.train))
         steps = f"{job.plan().steps} steps" + (f" in each of {trainings} trainings" if trainings > 1 else "")
-        yield f"unlearn    {entry.name}: {entry.method} ({terms}){adapters}, {steps}"
+        yield f"unlearn    {entry.name}: {entry.method} ({terms or 'retain rows alone'}){adapters}, {steps}"
         for switch in switches(entry):
             yield f"           {switch}"
     if recipe.merge is not None:

@@ -142,6 +142,8 @@ def switches(entry: UnlearnConfig) -> list[str]:
         found.append(f"forget logits at temperature {compact(entry.temperature)}")
     if entry.alternatives.by is not None:
         found.append(f"alternatives: {entry.alternatives.by}")
+    if entry.reset is not None:
+        found.append(f"starts from the weights of {entry.reset.id} in what is trained")
     if entry.sam is not None:
         found.append(f"sharpness-aware forget gradient (radius {compact(entry.sam)})")
     if entry.gradient_projection:
