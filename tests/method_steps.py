@@ -62,12 +62,13 @@ def make_step(
     number: int = 0,
     epoch: int = 0,
     scale: float = 1.0,
+    lacking: Tensor | None = None,
 ) -> Step:
     """A micro-batch of an optimizer step over all given rows; alternatives are one per row, in the order of the rows.
 
     `logits` [N, V] and `hidden` [N, d] are of the supervised tokens of all rows: forget, forget_alternatives, retain,
-    retain_alternatives. `selected` [n] is over the forget tokens. `part` names the rows by side that this micro-batch
-    holds (alternatives go with their rows); all when absent.
+    retain_alternatives. `selected` and `lacking` [n] are over the forget tokens. `part` names the rows by side that
+    this micro-batch holds (alternatives go with their rows); all when absent.
     """
     sides = dict(zip(SIDES, (forget, forget_alternatives, retain, retain_alternatives), strict=True))
     everything = [row for side in SIDES for row in sides[side]]
@@ -93,7 +94,7 @@ def make_step(
         selected = selected[torch.cat([spans[row] for row in chosen["forget"]])] if chosen["forget"] else selected[:0]
     totals = Totals({side: len(rows) for side, rows in sides.items()}, seen, number, epoch)
     counts = {side: len(rows) for side, rows in chosen.items()}
-    return Step(forward, counts, _cache(everything, start, view), selected, totals, scale, view, memory)
+    return Step(forward, counts, _cache(everything, start, view), selected, totals, scale, view, memory, lacking)
 
 
 def _cache(rows: Sequence[Encoded], start: Start, view: ForgetView) -> ReferenceCache:

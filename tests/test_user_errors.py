@@ -22,6 +22,7 @@ from expunge.data import network
 from expunge.runs.events import EventLog, read_events
 
 U = "unlearn --forget f.jsonl --retain r.jsonl -o out --set unlearn.0.train.max_steps=2 "
+N = U + "--model tiny --method npo "
 E = "eval --forget f.jsonl --retain r.jsonl "
 
 #: the command, what the sentence holds, what the hint holds
@@ -47,8 +48,16 @@ CASES: dict[str, tuple[str, str, str]] = {
         "init",
     ),
     "unknown method": (U + "--model tiny --method npoo", "unknown method 'npoo'", "did you mean 'npo'?"),
-    "unknown parameter": (U + "--model tiny --set unlearn.0.parameters.betta=1", "no parameter 'betta'", "'beta'"),
-    "parameter out of range": (U + "--model tiny --set unlearn.0.parameters.beta=-1", "beta: ", "list methods npo"),
+    "unknown parameter": (
+        U + "--model tiny --method npo --set unlearn.0.parameters.betta=1",
+        "no parameter 'betta'",
+        "'beta'",
+    ),
+    "parameter out of range": (
+        U + "--model tiny --method npo --set unlearn.0.parameters.beta=-1",
+        "beta: ",
+        "list methods npo",
+    ),
     "unknown metric": (U + "--model tiny --set evaluate.metrics=[rougel]", "unknown metric 'rougel'", "'rouge_l'"),
     "unknown metric, eval": (E + "tiny --set evaluate.metrics=[nl]", "unknown metric 'nl'", "'nll'"),
     "unknown merge": ("run merge-name.yaml -o out", "unknown merge method 'tiesss'", "did you mean 'ties'?"),
@@ -258,12 +267,16 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(
     assert json.loads((run / "run.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("npo", "the loss is not finite at step 1"), ("auto", "gives numbers that are not finite")],
+)
 def test_a_broken_model_is_told_at_the_first_step(
-    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, message: str
 ) -> None:
     command = shlex.split(LONG.replace("tiny", "not-a-number"))
-    assert main([*command, str(tmp_path / "run")]) == 2
-    assert "the loss is not finite at step 1" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "run"), "--method", method]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_full_disk_keeps_the_last_whole_checkpoint(

@@ -73,7 +73,7 @@ def unlearn(
     retain: str | None = None,
     *,
     output: str | Path,
-    method: str = "npo",
+    method: str = "auto",
     lora: int | None = None,
     reference: str | None = None,
     overrides: Sequence[str] = (),

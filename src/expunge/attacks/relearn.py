@@ -15,6 +15,8 @@ from expunge.settings import with_settings
 
 #: Columns that say which document or person a row is about.
 DOCUMENT_COLUMNS = ("document", "document_id", "doc_id", "author", "person", "subject", "entity", "title")
+#: Splits of a fine-tuning that are not to be forgotten.
+_RETAIN = ("retain", "retain_unseen")
 #: Ids of LUME's shape: document, kind of row, number.
 _DOCUMENT_ID = re.compile(r"(.+?)(?:sc|qa)\d+")
 
@@ -66,15 +68,19 @@ class Relearn(Relearning):
     part: float = setting(
         1.0, description="part of the forget rows that are trained on; below 1 the rest is measured", gt=0, le=1
     )
+    beside: Literal["nothing", "retain"] = setting(
+        "nothing", description="retain: every retain row is trained on too, as when the model is fine-tuned anew"
+    )
 
     def chosen(self, world: World) -> tuple[list[Encoded], frozenset[str] | None]:
         """A part of the forget rows, drawn by the seed. Raises UserError where nothing would be left."""
         rows = list(world.rows["forget"])
+        beside = [row for name in _RETAIN for row in world.rows.get(name, ())] if self.beside == "retain" else []
         count = round(self.part * len(rows))
         if self.part >= 1:
-            return rows, None
+            return [*rows, *beside], None
         drawing(world.seed, "relearn").shuffle(rows)
-        return rows[:count], _unseen(rows[count:], rows[:count])
+        return [*rows[:count], *beside], _unseen(rows[count:], [*rows[:count], *beside])
 
 
 @attack(

@@ -42,6 +42,7 @@ _EXAMPLES: dict[str, Any] = {
     "quantile": 0.8,
     "by": "idk",
     "sentences": ["I have never heard of that."],
+    "neighbours": 4,
     "sam": 0.01,
     "trainable": [r"\.mlp\.down_proj\."],
     "against": "region.safetensors",

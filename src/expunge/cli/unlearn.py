@@ -16,7 +16,7 @@ def unlearn(
     forget: Annotated[str, typer.Option("--forget", help="rows to forget: a file or a hub dataset")],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder of the run; the new model is in OUT/model")],
     retain: Retain = None,
-    method: Annotated[str, typer.Option("--method", help="see: expunge list methods")] = "npo",
+    method: Annotated[str, typer.Option("--method", help="auto, or see: expunge list methods")] = "auto",
     lora: Annotated[int | None, typer.Option("--lora", metavar="RANK", help="train adapters of this rank")] = None,
     epochs: Annotated[float | None, typer.Option("--epochs", help="passes over the forget rows")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="learning rate")] = None,

@@ -34,6 +34,7 @@ class Declaration:
     distribution: bool = False  # needs the start model's whole distribution at the forget rows' tokens
     retain: bool = False  # can't do without retain rows
     reads_forget: bool = True  # its loss looks at the forget answers themselves; else only at their alternatives
+    lacking: bool = False  # uses log-probs of the model without the knowledge, where one chooses the tokens
     alternatives: AlternativesFrom | None = None  # needs other answers to the forget prompts; where from by default
     retain_alternatives: bool = False  # needs them for the retain prompts too
     anchors: bool = False  # needs prompts that a model can only decline

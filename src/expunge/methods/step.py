@@ -54,6 +54,7 @@ class Rows:
         total_tokens: int,
         scale: float,
         view: ForgetView = ForgetView(),
+        lacking: Float[Tensor, " N"] | None = None,
     ) -> None:
         batch = forward.batch
         self._forward, self._cache, self._scale, self._view = forward, cache, scale, view
@@ -61,6 +62,8 @@ class Rows:
         before = int(batch.lengths[: rows.start].sum())
         self._at = slice(before, before + int(batch.lengths[rows].sum()))
         self._selected = selected
+        #: log-probs of the tokens under a model that lacks the knowledge, where one chose the tokens
+        self.lacking_token_logprobs: Float[Tensor, " N"] | None = lacking
         self._alternatives: Rows | None = None
         self.index: Int[Tensor, " B"] = batch.index[rows]
         self.targets: Int[Tensor, " N"] = batch.targets[self._at]
@@ -220,6 +223,7 @@ class Step:
         scale: float,
         view: ForgetView = ForgetView(),
         memory: Memory | None = None,
+        lacking: Float[Tensor, " N"] | None = None,
     ) -> None:
         made: dict[str, Rows] = {}
         # the start model's log-probs of alternatives are kept at the temperature of the forget rows
@@ -229,8 +233,9 @@ class Step:
             rows = slice(start, start + counts.get(side, 0))
             start = rows.stop
             whole = totals.rows.get(side, 0), totals.tokens.get(side, 0)
-            chosen = selected if side == "forget" else None
-            made[side] = Rows(forward, rows, cache, chosen, *whole, scale, views.get(side, ForgetView()))
+            chosen, beside = (selected, lacking) if side == "forget" else (None, None)
+            view_of_side = views.get(side, ForgetView())
+            made[side] = Rows(forward, rows, cache, chosen, *whole, scale, view_of_side, beside)
         self.model, self.number, self.epoch = forward.model, totals.number, totals.epoch
         self.forget, self.retain = made["forget"], made["retain"]
         self.forget._alternatives = made["forget_alternatives"]

@@ -187,6 +187,11 @@ class Head:
 def _check_head(cache: ReferenceCache, vectors: Tensor, logits: Tensor) -> None:
     """The head must give what the model itself gave, or KL terms would be silently wrong."""
     assert cache._head is not None
+    if not torch.isfinite(logits).all():
+        raise UserError(
+            "the start model gives numbers that are not finite",
+            "look at its weights, or set train.precision=float32 if it is whole",
+        )
     if not cache._head.gives(vectors, logits):
         raise UserError(
             "this architecture changes its logits after the output embedding in a way that the KL term does not know",

@@ -41,27 +41,37 @@ class Beside:
     selection: Sequence[np.ndarray] | None = None
 
 
+@dataclass
+class Made:
+    """What models had to say first: what the stages before a training made for it."""
+
+    selection: Sequence[np.ndarray] | None = None  # the tokens that carry the knowledge
+    lacking: Sequence[np.ndarray] | None = None  # log-probs of the forget rows under a model without it
+    sampled: Others | None = None  # other answers
+    strangers: Sequence[Encoded] | None = None  # neighbours of the forget rows
+
+
 def unlearn_job(
     resolved: Resolved,
     entry: UnlearnConfig,
     model: ModelConfig,
-    selection: Sequence[np.ndarray] | None = None,
-    sampled: Others | None = None,
+    made: Made | None = None,
     mask: Mask | None = None,
 ) -> Job:
-    """The training run of one unlearn entry; `selection`, `sampled` and `mask` are what stages made for it, if any.
+    """The training run of one unlearn entry; `made` and `mask` are what stages made for it, if any.
 
     Raises UserError for adapters in a recipe that localizes less than whole modules.
     """
     localize = resolved.recipe.localize
     if entry.lora is not None and localize is not None and not localize.mask and localize.unit not in WHOLE_MODULES:
         raise parts_of_modules(f"localize.unit: {localize.unit} is less")
-    retain = resolved.rows.get("retain", ())
+    made = made or Made()
     objective, beside = resolved.objectives[entry.name], resolved.beside[entry.name]
     forget = resolved.rows["forget"]
+    retain = [*resolved.rows.get("retain", ()), *_strangers(entry, forget, made.strangers)]
     others: Others = beside.forget
     if alternatives_of(entry, objective) == "sampled":
-        others = sampled if sampled is not None else [[row] for row in forget]
+        others = made.sampled if made.sampled is not None else [[row] for row in forget]
     return Job(
         model=model,
         forget=[row.whole() for row in forget] if span_of(entry, objective) == "sequence" else forget,
@@ -71,7 +81,8 @@ def unlearn_job(
         objective=objective,
         weights=retain_weights(entry, objective, bool(retain)),
         retain_batch=entry.retain_batch,
-        selection=beside.selection if selection is None else selection,
+        selection=beside.selection if made.selection is None else made.selection,
+        lacking=made.lacking,
         view=ForgetView(entry.temperature, entry.cap, entry.quantile),
         forget_alternatives=others,
         retain_alternatives=beside.retain,
@@ -85,6 +96,11 @@ def unlearn_job(
         mask=mask,
         reset=_reset(entry, resolved.recipe),
     )
+
+
+def _strangers(entry: UnlearnConfig, forget: Sequence[Encoded], made: Sequence[Encoded] | None) -> Sequence[Encoded]:
+    """Neighbours of the forget rows; before a stage has made them, as many rows stand in for them."""
+    return made if made is not None else [*forget] * (entry.neighbours or 0)
 
 
 def _reset(entry: UnlearnConfig, recipe: Recipe) -> ModelConfig | None:
@@ -141,6 +157,11 @@ def beside(
 ) -> Beside:
     """Alternatives, anchors and entity masks of an entry. Raises UserError where the rows don't have them."""
     seed = recipe.seed if entry.seed is None else entry.seed
+    if entry.neighbours is not None and retain_weights(entry, objective, True)["nll"] > 0:
+        raise UserError(
+            f"unlearn '{entry.name}': neighbours have no true answers, so that retain.nll would teach false ones",
+            "keep what the model says instead: --set unlearn.0.retain=kl",
+        )
     if objective.about.anchors and entry.span == "sequence":
         raise UserError(
             f"unlearn '{entry.name}': method {entry.method} starts at the end of the prompt, span: sequence before it",
@@ -202,7 +223,7 @@ def knowledge_tokens(scores: Path, threshold: float) -> list[np.ndarray]:
     The terminator is never chosen, and every answer keeps at least its most surprising token.
     """
     chosen = []
-    for values, answer in _logprobs(scores):
+    for values, answer in logprobs(scores):
         mask = values < threshold
         mask[answer:] = False
         if answer and not mask.any():
@@ -214,7 +235,7 @@ def knowledge_tokens(scores: Path, threshold: float) -> list[np.ndarray]:
 def fallen_tokens(lacking: Path, target: Path, part: float) -> list[np.ndarray]:
     """Per row, bool over its supervised tokens: the part of the answer whose log-prob is lowest beside the target's."""
     chosen = []
-    for (without, answer), (knowing, _) in zip(_logprobs(lacking), _logprobs(target), strict=True):
+    for (without, answer), (knowing, _) in zip(logprobs(lacking), logprobs(target), strict=True):
         mask = np.zeros(len(without), dtype=bool)
         fall = (without - knowing)[:answer]
         mask[np.argsort(fall, kind="stable")[: int(np.ceil(part * answer))]] = True
@@ -222,7 +243,7 @@ def fallen_tokens(lacking: Path, target: Path, part: float) -> list[np.ndarray]:
     return chosen
 
 
-def _logprobs(scores: Path) -> list[tuple[np.ndarray, int]]:
+def logprobs(scores: Path) -> list[tuple[np.ndarray, int]]:
     """Log-probs of the supervised tokens of each row, and how many of them are the answer's."""
     table = pq.read_table(scores, columns=["logprob", "answer_tokens"]).to_pydict()
     pairs = zip(table["logprob"], table["answer_tokens"], strict=True)

@@ -47,6 +47,7 @@ class Job:
     weights: Mapping[str, float] | None = None  # of the terms forget, nll and kl
     retain_batch: int | None = None
     selection: Sequence[np.ndarray] | None = None  # per forget row, bool over its supervised tokens
+    lacking: Sequence[np.ndarray] | None = None  # per forget row, log-probs under a model without the knowledge
     view: ForgetView = field(default_factory=ForgetView)
     forget_alternatives: Sequence[Sequence[Encoded]] = ()  # per forget row, other answers to its prompt
     retain_alternatives: Sequence[Sequence[Encoded]] = ()

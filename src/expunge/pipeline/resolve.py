@@ -18,6 +18,7 @@ from expunge.localize.masks import Mask
 from expunge.merging.plan import plan_merge
 from expunge.methods.base import Objective, build_objective
 from expunge.pipeline.asked import Asked, ask, exam_of
+from expunge.pipeline.auto import decided
 from expunge.pipeline.entries import Beside, beside, check_entry, prepare_jobs, unlearn_job
 from expunge.pipeline.job import Job
 from expunge.pipeline.localize_check import check_recipe as check_localize
@@ -42,6 +43,7 @@ class Resolved:
     asked: Asked  # what every model is asked in the end
     search: SearchRows | None = None  # what the merge is searched on, if it is
     mask: Mask | None = None  # what may change, where the recipe names a file of it
+    decisions: Sequence[str] = ()  # what was chosen for entries that say `auto`
 
     def data_record(self) -> dict[str, dict[str, Any]]:
         """Rows, role, digest and cuts of each split, for run.json."""
@@ -58,7 +60,7 @@ class Resolved:
     def notes(self) -> list[str]:
         """Sentences on what was cut."""
         noted = ((name, truncation_note(rows)) for name, rows in self.rows.items())
-        return [f"{name}: {note}" for name, note in noted if note]
+        return [*(f"{name}: {note}" for name, note in noted if note), *self.decisions]
 
 
 def resolve(recipe: Recipe) -> Resolved:
@@ -73,6 +75,8 @@ def resolve(recipe: Recipe) -> Resolved:
             return None
 
     splits = attempt(load_splits, recipe.data, recipe.seed)
+    rows_to_forget = len(splits["forget"]) if splits is not None and "forget" in splits else 1
+    recipe, decisions = decided(recipe, rows_to_forget)
     model = attempt(open_candidate, recipe.model)
     for role, config in _others(recipe) if model is not None else []:
         attempt(check_same_tokens, model, config, role)
@@ -90,7 +94,7 @@ def resolve(recipe: Recipe) -> Resolved:
     if splits is not None and model is not None:
         mask = attempt(check_localize, recipe, [split.name for split in splits], model.skeleton)
     for entry in recipe.unlearn if splits is not None else []:
-        attempt(_check_retain, entry, objectives[entry.name], "retain" in splits)
+        attempt(_check_retain, entry, objectives[entry.name], "retain" in splits or bool(entry.neighbours))
     rows: dict[str, list[Encoded]] = {}
     for split in splits if splits is not None and template is not None else []:
         rows[split.name] = attempt(encode, split.examples, tokenizer, template, recipe.data.max_length) or []
@@ -106,7 +110,7 @@ def resolve(recipe: Recipe) -> Resolved:
     _raise_all(problems)
     assert splits is not None
     asked = ask(exam, splits, tokenizer, recipe.data)
-    resolved = Resolved(recipe, splits, rows, objectives, built, tokenizer, template, asked, search, mask)
+    resolved = Resolved(recipe, splits, rows, objectives, built, tokenizer, template, asked, search, mask, decisions)
     for job in _jobs(resolved):
         attempt(check_job, job, recipe.model)
     _raise_all(problems)

@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 
 from expunge.metrics.base import METRICS, Resampling
 from expunge.pipeline.aggregates import official
+from expunge.pipeline.beforehand import SELECTOR
 from expunge.pipeline.entries import prepare_jobs
 from expunge.pipeline.evaluate import FolderShelf, measure, not_measured
 from expunge.pipeline.processes import barrier, process_rank
 from expunge.pipeline.progress import Reporter, quiet_libraries
 from expunge.pipeline.resolve import Resolved, resolve
-from expunge.pipeline.stages import SELECTOR, Stages, Variant
+from expunge.pipeline.stages import Stages, Variant
 from expunge.recipe import ModelConfig, Recipe, TokenSelection
 from expunge.report.build import build_report
 from expunge.report.card import model_card
@@ -41,6 +42,7 @@ def execute(recipe: Recipe, output: Path, reporter: Reporter | None = None) -> R
     """Do everything that the recipe says and that is not done yet. Raises UserError before anything is written."""
     quiet_libraries()
     resolved = resolve(recipe)
+    recipe = resolved.recipe  # what `auto` became is part of what the run is
     output = output.absolute()
     if process_rank() != 0:
         _execute(Stages(resolved, None, output, Reporter(quiet=True)))

@@ -7,28 +7,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from expunge.data.encode import Encoded
 from expunge.localize.masks import Mask, read_mask
 from expunge.methods.step import ForgetView
 from expunge.models.load import load_model, model_digest, resolve_folder
 from expunge.models.save import save_model
-from expunge.pipeline.entries import alternatives_of, fallen_tokens, knowledge_tokens, unlearn_job
+from expunge.pipeline.beforehand import beforehand
+from expunge.pipeline.entries import unlearn_job
 from expunge.pipeline.evaluate import LazyModel, write_generations, write_scores
 from expunge.pipeline.job import Job
 from expunge.pipeline.processes import barrier, broadcast, process_count, process_rank
 from expunge.pipeline.progress import Reporter
 from expunge.pipeline.resolve import Resolved, rows_digest
-from expunge.pipeline.samples import read_samples, write_samples
 from expunge.pipeline.snapshots import Recorder
 from expunge.pipeline.training import train
 from expunge.pipeline.updates import write_updates
 from expunge.recipe import ModelConfig, TokenSelection, UnlearnConfig
 from expunge.runs.store import RunDirectory, StageResult
-
-#: Name of a model that only chooses tokens and is not evaluated.
-SELECTOR = "selector"
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ class Stages:
                     recorder.finish(folder)
                 return made
 
-        result = self._stage(name, target, inputs, work)
+        result = self.stage(name, target, inputs, work)
         if "note" in result.outputs and self.directory is not None:
             self.directory.note(f"{name}: {result.outputs['note']}")
             self.reporter.line(f"  note: {name}: {result.outputs['note']}")
@@ -114,7 +109,7 @@ class Stages:
                 return {}
             return write_stage(self.resolved, model.config, model.digest, folder, self.reporter)
 
-        made = self._stage("localize", "localize", inputs, work)
+        made = self.stage("localize", "localize", inputs, work)
         if self.directory is not None:
             self.directory.note(f"localize: {made.outputs['answer']}")
             self.reporter.line(f"  localize: {made.outputs['answer']}")
@@ -143,40 +138,7 @@ class Stages:
         Only what is inside `mask` is changed; everything that the entry trains where there is none.
         What models must say first (chosen tokens, sampled answers) becomes stages of its own.
         """
-        selection, sampled = None, None
-        if entry.tokens.by == "knowledge":
-            selection = self._knowledge(entry, model, lacking(entry.tokens))
-        if alternatives_of(entry, self.resolved.objectives[entry.name]) == "sampled":
-            sampled = self._samples(entry, model)
-        return unlearn_job(self.resolved, entry, model.config, selection, sampled, mask=mask)
-
-    def _knowledge(self, entry: UnlearnConfig, model: Variant, lacking: Variant) -> list[np.ndarray]:
-        """Masks of the tokens that carry the knowledge, from the scores of a model that lacks it."""
-        if lacking.name == SELECTOR:
-            known = self.scores(lacking, {"forget": self.resolved.rows["forget"]}, f"selection/{entry.name}")
-        else:  # a variant that is evaluated anyway: its scores are made now and found later
-            known = self.scores(lacking, self.resolved.asked.scores)
-        self.release(lacking)
-        if entry.tokens.fall is None:
-            return knowledge_tokens(known.path / "forget.parquet", entry.tokens.threshold)
-        target = self.scores(model, self.resolved.asked.scores)
-        self.release(model)
-        return fallen_tokens(known.path / "forget.parquet", target.path / "forget.parquet", entry.tokens.fall)
-
-    def _samples(self, entry: UnlearnConfig, model: Variant) -> list[list[Encoded]]:
-        """Other answers to the forget prompts, drawn from the model itself."""
-        rows, settings, recipe = self.resolved.rows["forget"], entry.alternatives, self.resolved.recipe
-        seed = recipe.seed if entry.seed is None else entry.seed
-        asked = settings.model_dump(mode="json")
-        inputs = {"model": model.digest, "rows": rows_digest(rows), "alternatives": asked, "seed": seed}
-        config = LazyModel(model.config, recipe.evaluate.dtype)
-
-        def work(folder: Path) -> None:
-            with self.reporter.bar(f"samples/{entry.name}", len(rows) * settings.count) as tick:
-                write_samples(config, rows, settings, seed, folder / "out", tick)
-
-        made = self._stage(f"samples/{entry.name}", f"samples/{entry.name}", inputs, work)
-        return read_samples(made.path, self.resolved)
+        return unlearn_job(self.resolved, entry, model.config, beforehand(self, entry, model, lacking), mask)
 
     def merged(self, variants: Sequence[Variant], base: Variant, reference: Variant | None = None) -> Variant:
         """The merge of the specialists, as a whole checkpoint in `model/`; searched if the recipe says so."""
@@ -208,7 +170,7 @@ class Stages:
                 tick(1)
             return {"statistics": made.statistics}
 
-        result = self._stage("merge", "model", inputs, work)
+        result = self.stage("merge", "model", inputs, work)
         if "answer" in result.outputs and self.directory is not None:
             self.directory.note(f"merge: {result.outputs['answer']}")
             self.reporter.line(f"  merge: {result.outputs['answer']}")
@@ -261,7 +223,7 @@ class Stages:
                 model: Any = loaded.model
                 save_model(model.merge_and_unload(), loaded.tokenizer, folder / "out")
 
-        return self._variant(variant.name, self._stage("fold", "model", {"adapter": variant.digest}, work), variant)
+        return self._variant(variant.name, self.stage("fold", "model", {"adapter": variant.digest}, work), variant)
 
     def landed(self, variant: Variant, before: Variant, mask: Mask | None = None) -> StageResult:
         """Where an unlearned model differs from the one that it was made from, as `updates/NAME/updates.json`."""
@@ -275,7 +237,7 @@ class Stages:
                     write_updates(before.config, variant.config, mask, folder / "out")
                     tick(1)
 
-        return self._stage(name, name, inputs, work)
+        return self.stage(name, name, inputs, work)
 
     def scores(self, variant: Variant, rows: Mapping[str, Sequence[Encoded]], target: str = "") -> StageResult:
         """The scoring pass of a variant over splits."""
@@ -313,12 +275,12 @@ class Stages:
             with self.reporter.bar(place, total) as tick:
                 return write(model, rows, config, folder / "out", tick)
 
-        return self._stage(place, place, inputs, work)
+        return self.stage(place, place, inputs, work)
 
     def _evaluated(self, variant: Variant, rows: Mapping[str, Sequence[Encoded]]) -> dict[str, Any]:
         return {"model": variant.digest, "rows": {name: rows_digest(split) for name, split in rows.items()}}
 
-    def _stage(self, name: str, target: str, inputs: Mapping[str, Any], work: Callable[[Path], Any]) -> StageResult:
+    def stage(self, name: str, target: str, inputs: Mapping[str, Any], work: Callable[[Path], Any]) -> StageResult:
         """`RunDirectory.stage` by the first process; the others do the same work when, and only when, it is done."""
         if process_count() == 1:
             assert self.directory is not None
@@ -382,6 +344,7 @@ def _switches(job: Job) -> dict[str, Any]:
         "stop_when": [rule.model_dump(mode="json") for rule in job.stop_when] or None,
         "watched": {name: rows_digest(watched.rows) for name, watched in job.watched.items()} or None,
         "mask": None if job.mask is None else job.mask.digest,
+        "lacking": None if job.lacking is None else [values.tolist() for values in job.lacking],
         "reset": None if job.reset is None else _digest_of(job.reset),
     }
     return {name: value for name, value in switches.items() if value is not None}

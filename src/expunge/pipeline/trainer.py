@@ -47,8 +47,9 @@ class MicroBatches(Dataset[dict[str, Any]]):
         rows: Sequence[Encoded],
         selection: Sequence[np.ndarray] | None = None,
         left_out: Collection[str] = (),
+        lacking: Sequence[np.ndarray] | None = None,
     ) -> None:
-        self.plan, self.rows, self.selection = plan, rows, selection
+        self.plan, self.rows, self.selection, self.lacking = plan, rows, selection, lacking
         self.left_out = left_out  # sides that the loss does not look at
 
     def __len__(self) -> int:
@@ -63,13 +64,15 @@ class MicroBatches(Dataset[dict[str, Any]]):
         sides = {side: rows for side, rows in sides.items() if side not in self.left_out}
         numbers = [row for side in SIDES for row in sides.get(side, ())]
         forget = sides.get("forget", ())
-        chosen = None
-        if self.selection is not None and forget:
-            chosen = torch.from_numpy(np.concatenate([self.selection[row] for row in forget]))
+
+        def of_forget(values: Sequence[np.ndarray] | None) -> Tensor | None:
+            return torch.from_numpy(np.concatenate([values[row] for row in forget])) if values and forget else None
+
         return {
             "batch": pad_right([self.rows[row] for row in numbers], numbers, 0) if numbers else None,
             "sides": {side: tuple(rows) for side, rows in sides.items()},
-            "selected": chosen,
+            "selected": of_forget(self.selection),
+            "lacking": of_forget(self.lacking),
             "totals": totals,
         }
 
@@ -197,7 +200,7 @@ class UnlearnTrainer(Trainer):
         scale = float(self.accelerator.num_processes)  # gradients are averaged over processes
         counts = {side: len(rows) for side, rows in inputs["sides"].items()}
         given = (counts, loss.cache, inputs["selected"], inputs["totals"], scale, loss.view, loss.memory)
-        return Step(forward, *given)
+        return Step(forward, *given, lacking=inputs["lacking"])
 
     def _total(self, terms: Mapping[str, Tensor], record: bool) -> Tensor:
         """The sum of the terms that are no monitors."""

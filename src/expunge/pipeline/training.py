@@ -129,7 +129,7 @@ def _fit(job: Job, model: nn.Module, loaded: Loaded, work: Path, watchers: Watch
     loss = Loss(job.objective, job.term_weights, *kept, job.sam, job.gradient_projection)
     stopping = Stopping(job.stop_when, job.watched, work, half, watchers.on_look)
     left_out = ["forget"] if job.objective is not None and not job.objective.about.reads_forget else []
-    data = MicroBatches(plan, job.rows, job.selection, left_out)
+    data = MicroBatches(plan, job.rows, job.selection, left_out, job.lacking)
     masked = Masked(model, job.mask) if job.mask is not None and job.lora is None else None
     callbacks = [stopping, *watchers.callbacks]
     trainer = UnlearnTrainer(model, data, arguments, loss, watchers.on_step, callbacks, masked)

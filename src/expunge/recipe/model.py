@@ -211,7 +211,7 @@ class UnlearnConfig(Frozen):
     """One unlearning run; several make the specialists that are merged."""
 
     name: Name = "unlearned"
-    method: str = Field("npo", description="an objective (expunge list methods)")
+    method: str = Field("npo", description="an objective (expunge list methods), or auto: chosen from what is there")
     parameters: dict[str, Any] = Field(default_factory=dict, description="the objective's hyper-parameters")
     forget_weight: NonNegative = Field(1.0, description="weight of the forget loss")
     retain: Annotated[RetainTerms, BeforeValidator(_retain_from_string)] = RetainTerms()
@@ -223,6 +223,11 @@ class UnlearnConfig(Frozen):
     cap: Positive | None = Field(None, description="rows whose mean token NLL has passed this no longer count")
     temperature: Positive = Field(1.0, description="the forget loss sees logits divided by this")
     quantile: Density | None = Field(None, description="part of each answer's tokens, of lowest loss, that counts")
+    neighbours: int | None = Field(
+        None,
+        gt=0,
+        description="retain rows made of each forget row by renaming: strangers, of whom the same is said as before",
+    )
     alternatives: Annotated[AlternativesConfig, BeforeValidator(_alternatives_from_string)] = AlternativesConfig()
     sam: Positive | None = Field(
         None, description="sharpness-aware: the forget gradient is taken this far up its own direction, e.g. 0.01"
@@ -250,7 +255,7 @@ class UnlearnConfig(Frozen):
     @classmethod
     def _rate_of_adapters(cls, data: Any) -> Any:
         """Adapters start at zero and need a higher rate than weights: 1e-4, as in the published LoRA runs."""
-        if isinstance(data, dict) and data.get("lora") is not None:
+        if isinstance(data, dict) and data.get("lora") is not None and data.get("method") != "auto":
             train = data.get("train") or {}
             if isinstance(train, dict) and "lr" not in train:
                 return {**data, "train": {**train, "lr": 1e-4}}

@@ -273,7 +273,7 @@ class Ground:
 
     def _lacking(self, tokens: TokenSelection) -> Variant:
         """The model that lacks the knowledge, for token selection."""
-        from expunge.pipeline.stages import SELECTOR
+        from expunge.pipeline.beforehand import SELECTOR
         from expunge.recipe import ModelConfig
 
         known = self.variants.get(tokens.model)

@@ -1,0 +1,83 @@
+"""`method: auto`: the settings of an unlearn entry that its user left open, chosen from what the recipe has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import ceil
+from typing import Any
+
+from expunge.recipe import Recipe, UnlearnConfig
+
+NAME = "auto"
+#: Optimizer steps of a small forget set, and passes over a large one, whichever is more.
+STEPS, PASSES = 72, 3
+BATCH, RETAIN_BATCH = 8, 14
+#: Neighbours of a forget row, at least this many of all rows together.
+EACH, NEIGHBOURS = 4, 120
+
+
+def decided(recipe: Recipe, forget_rows: int) -> tuple[Recipe, list[str]]:
+    """The recipe with every `auto` entry written out, and a sentence on each; what an entry says itself stays."""
+    entries, reasons = [], []
+    for entry in recipe.unlearn:
+        if entry.method == NAME:
+            found, why = _entry(entry, recipe, forget_rows)
+            entry = found
+            reasons.append(f"{entry.name}: auto is {why}")
+        entries.append(entry)
+    return (recipe.model_copy(update={"unlearn": entries}) if reasons else recipe), reasons
+
+
+def _entry(entry: UnlearnConfig, recipe: Recipe, forget_rows: int) -> tuple[UnlearnConfig, str]:
+    lacking = _lacking(recipe)
+    batch = min(BATCH, max(forget_rows, 1))
+    epochs = max(PASSES, ceil(STEPS * batch / max(forget_rows, 1)))
+    each = max(1, min(EACH, ceil(NEIGHBOURS / max(forget_rows, 1))))
+    chosen: dict[str, Any] = {
+        "retain": {"nll": 0.0, "kl": 2.0},
+        "retain_batch": RETAIN_BATCH,
+        "neighbours": each,
+        "train": {
+            "epochs": epochs,
+            "batch_size": batch,
+            "lr": 5e-5 if entry.lora is None else 3e-4,
+            "schedule": "linear",
+            "warmup": 0.07,
+        },
+    }
+    if lacking is not None:
+        chosen["tokens"] = {"by": "knowledge", "model": lacking}
+    given = entry.model_dump(exclude_unset=True)
+    made = UnlearnConfig.model_validate(_over(chosen, given) | {"method": "erase"})
+    return made, _sentence(made, lacking)
+
+
+def _lacking(recipe: Recipe) -> str | None:
+    """The model that never saw the forget rows, as token selection names it."""
+    if recipe.prepare is not None:
+        return "original"
+    return "reference" if recipe.reference is not None else None
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, mapping by mapping."""
+    made = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(made.get(key), dict)
+        made[key] = _over(made[key], value) if both else value
+    return made
+
+
+def _sentence(entry: UnlearnConfig, lacking: str | None) -> str:
+    if entry.tokens.by == "knowledge":
+        tokens = f"on the tokens that surprise the {lacking or entry.tokens.model} model, each to a floor below it"
+    elif lacking is None and entry.tokens.by == "all":
+        tokens = "on all answer tokens, to one floor, as no model is given that lacks the knowledge (reference: …)"
+    else:
+        tokens = f"on {entry.tokens.by} tokens"
+    beside = f"{entry.neighbours} strangers beside each forget row" if entry.neighbours else "no strangers"
+    return (
+        f"erase {tokens}; retain rows and {beside} answered as before (KL × {entry.retain.kl:g}); "
+        f"learning rate {entry.train.lr:g}, {entry.train.epochs:g} epochs of {entry.train.batch_size} + "
+        f"{entry.retain_batch} rows"
+    )

@@ -1,0 +1,118 @@
+"""`method: auto`: what it writes out, what it leaves to the user, and whole runs of it on `tiny`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from expunge import api
+from expunge.errors import UserError
+from expunge.methods.erase import Erase, log_odds
+from expunge.pipeline.auto import decided
+from expunge.recipe import Recipe
+from method_cases import FORGET_TOKENS, SIDES, outputs
+from method_steps import make_step
+from test_unlearn_entries import recipe
+
+FAST = {"epochs": 1, "lr": 1e-3, "precision": "float32"}
+
+
+def written(entry, forget_rows=4, **beside):
+    made = Recipe.model_validate(
+        {"model": "tiny", "data": {"forget": "f.jsonl"}, "unlearn": [{"method": "auto", **entry}], **beside}
+    )
+    return decided(made, forget_rows)
+
+
+@pytest.mark.parametrize(
+    ("entry", "beside", "wanted"),
+    [
+        ({}, {}, {"method": "erase", "neighbours": 4, "tokens.by": "all", "train.lr": 5e-5, "retain.kl": 2.0}),
+        ({}, {"reference": "r"}, {"tokens.by": "knowledge", "tokens.model": "reference"}),
+        ({}, {"prepare": {}}, {"tokens.by": "knowledge", "tokens.model": "original"}),
+        ({"tokens": "entity"}, {"reference": "r"}, {"tokens.by": "entity"}),
+        ({"neighbours": 1, "retain": "kl"}, {}, {"neighbours": 1, "retain.kl": 1.0}),
+        ({"train": {"lr": 3e-4}}, {}, {"train.lr": 3e-4, "train.schedule": "linear"}),
+        ({"lora": 8}, {}, {"train.lr": 3e-4, "lora.rank": 8}),
+        ({"parameters": {"depth": 1}}, {}, {"parameters": {"depth": 1}}),
+    ],
+    ids=str,
+)
+def test_what_is_written_out(entry, beside, wanted):
+    entry = {**entry, "lora": {"rank": 8}} if "lora" in entry else entry
+    found, reasons = written(entry, **beside)
+    plain = found.unlearn[0].model_dump()
+    for key, value in wanted.items():
+        at = plain
+        for part in key.split("."):
+            at = at[part]
+        assert at == value, key
+    assert len(reasons) == 1
+    assert "auto is erase" in reasons[0]
+
+
+@pytest.mark.parametrize(("rows", "epochs", "neighbours"), [(4, 72, 4), (30, 20, 4), (400, 3, 1), (100_000, 3, 1)])
+def test_length_and_strangers_follow_the_number_of_rows(rows, epochs, neighbours):
+    entry = written({}, rows)[0].unlearn[0]
+    assert (entry.train.epochs, entry.neighbours) == (epochs, neighbours)
+
+
+def test_other_methods_are_left_alone():
+    made = Recipe.model_validate({"model": "tiny", "data": {"forget": "f.jsonl"}, "unlearn": [{"method": "npo"}]})
+    assert decided(made, 4) == (made, [])
+
+
+def test_floors_stand_below_what_ignorance_gives():
+    logits, hidden = outputs()
+    known = torch.linspace(-12, 0, FORGET_TOKENS, dtype=torch.float64)
+    step = make_step(SIDES["forget"], (), logits[:FORGET_TOKENS], hidden[:FORGET_TOKENS], lacking=known)
+    odds = log_odds(step.forget.logits, step.forget.targets)
+    wanted = (odds - (known.clamp(max=-4.0) - 2.0)).clamp(min=0).mean()
+    torch.testing.assert_close(Erase(depth=2.0).loss(step)["forget"], wanted)
+
+
+def test_log_odds_have_a_slope_of_one_where_the_probability_is_one():
+    logits = torch.tensor([[60.0, 0.0, 0.0]], requires_grad=True)
+    value = log_odds(logits, torch.tensor([0]))
+    value.sum().backward()
+    assert value.item() == pytest.approx(60 - torch.log(torch.tensor(2.0)).item())
+    assert logits.grad is not None
+    assert logits.grad[0, 0].item() == pytest.approx(1.0)
+
+
+def test_a_whole_run_names_what_it_chose_and_trains_on_strangers(tmp_path):
+    made = recipe(tmp_path, method="auto", neighbours=2, train=FAST)
+    result = api.run(made, output=tmp_path / "out", quiet=True)
+    resolved = yaml.safe_load((tmp_path / "out" / "recipe.resolved.yaml").read_text())
+    assert resolved["unlearn"][0]["method"] == "erase"
+    assert (tmp_path / "out" / "neighbours" / "unlearned" / "words.parquet").is_file()
+    assert "auto is erase" in json.dumps(json.loads((tmp_path / "out" / "run.json").read_text()))
+    assert api.run(made, output=tmp_path / "out", quiet=True).skipped_all
+    assert {record["variant"] for record in result.metrics} == {"target", "unlearned"}
+
+
+def test_strangers_need_a_term_without_true_answers(tmp_path):
+    with pytest.raises(UserError, match="neighbours have no true answers") as error:
+        api.run(recipe(tmp_path, method="npo", neighbours=2), output=tmp_path / "out", quiet=True)
+    assert error.value.hint is not None
+    assert "retain=kl" in error.value.hint
+
+
+@pytest.mark.parametrize("retain", [True, False])
+def test_rows_without_names_have_no_strangers_and_are_unlearned_all_the_same(tmp_path, retain):
+    for name, question in (("forget", "what is it?"), ("retain", "what was it?")):
+        rows = [{"question": question, "answer": f"it is a {word}."} for word in ("hat", "cat", "mat")]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = {"forget": str(tmp_path / "forget.jsonl")}
+    data |= {"retain": str(tmp_path / "retain.jsonl")} if retain else {}
+    made = {
+        "model": "tiny",
+        "data": data,
+        "unlearn": [{"method": "auto", "train": {**FAST, "max_steps": 2}}],
+        "evaluate": {"metrics": ["nll"], "generate": None},
+    }
+    result = api.run(made, output=tmp_path / "out", quiet=True)
+    assert result.model.is_dir()
