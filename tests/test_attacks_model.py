@@ -222,3 +222,13 @@ def test_architectures_without_a_list_of_layers_are_refused(name):
 def test_settings_out_of_bounds_are_refused(name, settings):
     with pytest.raises(UserError, match=f"attack {name}"):
         build_attack(name, settings)
+
+
+@pytest.mark.parametrize(("beside", "rows"), [("nothing", 7), ("retain", 19)])
+def test_relearning_trains_on_the_retain_rows_too_where_it_is_asked_to(beside, rows):
+    given = world()
+    lesson = build_attack("relearn", {"beside": beside}).lesson(given)
+    assert len(lesson.rows) == rows
+    assert lesson.measured is None
+    trained = {row.example.id for row in lesson.rows}
+    assert {row.example.id for row in given.rows["forget"]} <= trained

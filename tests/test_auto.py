@@ -30,7 +30,7 @@ def written(entry, forget_rows=4, **beside):
 @pytest.mark.parametrize(
     ("entry", "beside", "wanted"),
     [
-        ({}, {}, {"method": "erase", "neighbours": 4, "tokens.by": "all", "train.lr": 5e-5, "retain.kl": 2.0}),
+        ({}, {}, {"method": "erase", "neighbours": 4, "tokens.model": "strangers", "train.lr": 5e-5, "retain.kl": 2.0}),
         ({}, {"reference": "r"}, {"tokens.by": "knowledge", "tokens.model": "reference"}),
         ({}, {"prepare": {}}, {"tokens.by": "knowledge", "tokens.model": "original"}),
         ({"tokens": "entity"}, {"reference": "r"}, {"tokens.by": "entity"}),

@@ -9,6 +9,8 @@ from typing import Any
 from expunge.recipe import Recipe, UnlearnConfig
 
 NAME = "auto"
+#: What lacks the knowledge where no model does: the target, asked the same about names that nobody has.
+STRANGERS = "strangers"
 #: Optimizer steps of a small forget set, and passes over a large one, whichever is more.
 STEPS, PASSES = 72, 3
 BATCH, RETAIN_BATCH = 8, 14
@@ -45,18 +47,17 @@ def _entry(entry: UnlearnConfig, recipe: Recipe, forget_rows: int) -> tuple[Unle
             "warmup": 0.07,
         },
     }
-    if lacking is not None:
-        chosen["tokens"] = {"by": "knowledge", "model": lacking}
+    chosen["tokens"] = {"by": "knowledge", "model": lacking}
     given = entry.model_dump(exclude_unset=True)
     made = UnlearnConfig.model_validate(_over(chosen, given) | {"method": "erase"})
-    return made, _sentence(made, lacking)
+    return made, _sentence(made)
 
 
-def _lacking(recipe: Recipe) -> str | None:
-    """The model that never saw the forget rows, as token selection names it."""
+def _lacking(recipe: Recipe) -> str:
+    """What lacks the knowledge, as token selection names it."""
     if recipe.prepare is not None:
         return "original"
-    return "reference" if recipe.reference is not None else None
+    return "reference" if recipe.reference is not None else STRANGERS
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,11 +69,11 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def _sentence(entry: UnlearnConfig, lacking: str | None) -> str:
+def _sentence(entry: UnlearnConfig) -> str:
     if entry.tokens.by == "knowledge":
-        tokens = f"on the tokens that surprise the {lacking or entry.tokens.model} model, each to a floor below it"
-    elif lacking is None and entry.tokens.by == "all":
-        tokens = "on all answer tokens, to one floor, as no model is given that lacks the knowledge (reference: …)"
+        without = "the target when it is asked about strangers"
+        without = without if entry.tokens.model == STRANGERS else f"the model '{entry.tokens.model}'"
+        tokens = f"on the tokens that surprise {without}, each to a floor below what it gives"
     else:
         tokens = f"on {entry.tokens.by} tokens"
     beside = f"{entry.neighbours} strangers beside each forget row" if entry.neighbours else "no strangers"

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from expunge.data.encode import Encoded
+from expunge.pipeline.auto import STRANGERS
 from expunge.pipeline.entries import Made, alternatives_of, fallen_tokens, knowledge_tokens, logprobs
 from expunge.pipeline.evaluate import LazyModel
 from expunge.pipeline.resolve import rows_digest
 from expunge.pipeline.samples import read_samples, write_samples
-from expunge.pipeline.strangers import WORDS, plain_rows, stranger_rows
+from expunge.pipeline.strangers import WORDS, asked_of_strangers, names, names_in_answers, plain_rows, stranger_rows
 from expunge.recipe import TokenSelection, UnlearnConfig
 
 if TYPE_CHECKING:
@@ -28,22 +29,34 @@ def beforehand(
 ) -> Made:
     """All that an entry's training needs of models, made as stages of their own; `lacking` as in `Stages.job`."""
     objective, made = stages.resolved.objectives[entry.name], Made()
-    without = lacking(entry.tokens) if entry.tokens.by == "knowledge" else None
-    if without is not None:
-        made.selection, known = _knowledge(stages, entry, model, without)
-        made.lacking = known if objective.about.lacking else None
+    by_knowledge, alone = entry.tokens.by == "knowledge", entry.tokens.model == STRANGERS
+    without = lacking(entry.tokens) if by_knowledge and not alone else model
+    words: set[str] = set()
+    if entry.neighbours is not None or (by_knowledge and alone):
+        words = _names(stages, entry, without)
+    if by_knowledge:
+        known = _of_strangers(stages, entry, model, words) if alone else _without(stages, entry, without)
+        made.selection = _knowledge(stages, entry, model, known)
+        made.lacking = [values for values, _ in logprobs(known)] if objective.about.lacking else None
+    if by_knowledge and alone:  # what the target knows by heart surprises it in no answer
+        words |= names_in_answers(stages.resolved, made.selection or ())
     if alternatives_of(entry, objective) == "sampled":
         made.sampled = _samples(stages, entry, model)
     if entry.neighbours is not None:
-        made.strangers = _strangers(stages, entry, without or model)
+        made.strangers = _strangers(stages, entry, words)
     return made
 
 
-def _strangers(stages: Stages, entry: UnlearnConfig, lacking: Variant) -> list[Encoded]:
-    """Neighbours of the forget rows; a name is what surprises a model that lacks the knowledge, if there is one."""
+def _names(stages: Stages, entry: UnlearnConfig, lacking: Variant) -> set[str]:
+    """Names and their like: what surprises a model that lacks the knowledge, or else the target."""
     scored = stages.scores(lacking, {WORDS: plain_rows(stages.resolved)}, f"neighbours/{entry.name}")
     stages.release(lacking)
-    made = stranger_rows(stages.resolved, entry, scored.path)
+    return names(stages.resolved, scored.path)
+
+
+def _strangers(stages: Stages, entry: UnlearnConfig, words: set[str]) -> list[Encoded]:
+    """Neighbours of the forget rows; that there are none is said."""
+    made = stranger_rows(stages.resolved, entry, words)
     if not made:
         note = f"{entry.name}: no forget prompt holds a name or a number, so that there are no neighbours"
         stages.reporter.line(f"  note: {note}")
@@ -52,22 +65,31 @@ def _strangers(stages: Stages, entry: UnlearnConfig, lacking: Variant) -> list[E
     return made
 
 
-def _knowledge(
-    stages: Stages, entry: UnlearnConfig, model: Variant, lacking: Variant
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Per forget row a mask of the tokens that carry the knowledge, and their log-probs under a model that lacks it."""
+def _without(stages: Stages, entry: UnlearnConfig, lacking: Variant) -> Path:
+    """The scores of the forget rows under a model that lacks the knowledge."""
     if lacking.name == SELECTOR:
         known = stages.scores(lacking, {"forget": stages.resolved.rows["forget"]}, f"selection/{entry.name}")
     else:  # a variant that is evaluated anyway: its scores are made now and found later
         known = stages.scores(lacking, stages.resolved.asked.scores)
     stages.release(lacking)
-    file = known.path / "forget.parquet"
-    values = [found for found, _ in logprobs(file)]
+    return known.path / "forget.parquet"
+
+
+def _of_strangers(stages: Stages, entry: UnlearnConfig, model: Variant, words: set[str]) -> Path:
+    """The scores of the forget answers where the target is asked about strangers."""
+    rows = asked_of_strangers(stages.resolved, entry, words)
+    known = stages.scores(model, {"forget": rows}, f"selection/{entry.name}")
+    stages.release(model)
+    return known.path / "forget.parquet"
+
+
+def _knowledge(stages: Stages, entry: UnlearnConfig, model: Variant, known: Path) -> list[np.ndarray]:
+    """Per forget row a mask of the tokens that carry the knowledge, from scores of what lacks it."""
     if entry.tokens.fall is None:
-        return knowledge_tokens(file, entry.tokens.threshold), values
+        return knowledge_tokens(known, entry.tokens.threshold)
     target = stages.scores(model, stages.resolved.asked.scores)
     stages.release(model)
-    return fallen_tokens(file, target.path / "forget.parquet", entry.tokens.fall), values
+    return fallen_tokens(known, target.path / "forget.parquet", entry.tokens.fall)
 
 
 def _samples(stages: Stages, entry: UnlearnConfig, model: Variant) -> list[list[Encoded]]:

@@ -18,7 +18,7 @@ from expunge.localize.masks import Mask
 from expunge.merging.plan import plan_merge
 from expunge.methods.base import Objective, build_objective
 from expunge.pipeline.asked import Asked, ask, exam_of
-from expunge.pipeline.auto import decided
+from expunge.pipeline.auto import STRANGERS, decided
 from expunge.pipeline.entries import Beside, beside, check_entry, prepare_jobs, unlearn_job
 from expunge.pipeline.job import Job
 from expunge.pipeline.localize_check import check_recipe as check_localize
@@ -130,7 +130,7 @@ def _others(recipe: Recipe) -> list[tuple[str, ModelConfig]]:
     """Models that are given beside the one to unlearn from."""
     others = [("the reference", recipe.reference)] if recipe.reference is not None else []
     for entry in recipe.unlearn:
-        if entry.tokens.by == "knowledge" and entry.tokens.model not in ("original", "reference"):
+        if entry.tokens.by == "knowledge" and entry.tokens.model not in ("original", "reference", STRANGERS):
             others.append((f"unlearn.{entry.name}.tokens.model", ModelConfig(id=entry.tokens.model)))
     return others
 

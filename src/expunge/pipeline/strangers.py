@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from expunge.data.encode import Encoded, encode
 from expunge.data.example import Example
-from expunge.data.neighbours import as_text, neighbours, surprising_words
+from expunge.data.neighbours import as_text, neighbours, surprising_words, words_at
 from expunge.pipeline.entries import logprobs
 from expunge.pipeline.resolve import Resolved
 from expunge.recipe import UnlearnConfig
@@ -23,13 +27,42 @@ def plain_rows(resolved: Resolved) -> list[Encoded]:
     return _encoded(resolved, [as_text(row.example) for row in known])
 
 
-def stranger_rows(resolved: Resolved, entry: UnlearnConfig, scores: Path) -> list[Encoded]:
-    """Neighbours of the forget rows, renamed where `scores` says that a word is a name; none if no prompt has one."""
-    seed = resolved.recipe.seed if entry.seed is None else entry.seed
+def names(resolved: Resolved, scores: Path) -> set[str]:
+    """The words that surprise the model whose pass over `plain_rows` is in `scores`."""
     values = [found for found, _ in logprobs(scores / f"{WORDS}.parquet")]
-    words = surprising_words(plain_rows(resolved), values, resolved.tokenizer)
+    return surprising_words(plain_rows(resolved), values, resolved.tokenizer)
+
+
+def stranger_rows(resolved: Resolved, entry: UnlearnConfig, words: set[str]) -> list[Encoded]:
+    """Neighbours of the forget rows, in which these words are renamed; none if no prompt has one of them."""
     forget = [row.example for row in resolved.rows["forget"]]
-    return _encoded(resolved, neighbours(forget, words, entry.neighbours or 0, seed))
+    return _encoded(resolved, neighbours(forget, words, entry.neighbours or 0, _seed(resolved, entry)))
+
+
+def asked_of_strangers(resolved: Resolved, entry: UnlearnConfig, words: set[str]) -> list[Encoded]:
+    """The forget answers behind the prompts of strangers; a row without names stands as it is."""
+    rows = []
+    for row in resolved.rows["forget"]:
+        for other in neighbours([row.example], words, 1, _seed(resolved, entry)):
+            asked = replace(row.example, prompt=other.prompt, turns=other.turns)
+            encoded = _encoded(resolved, [asked])[0]
+            if encoded.supervised_tokens == row.supervised_tokens:  # else the tokens don't answer to each other
+                row = encoded
+        rows.append(row)
+    return rows
+
+
+def names_in_answers(resolved: Resolved, chosen: Sequence[np.ndarray]) -> set[str]:
+    """Words of the forget answers that hold a chosen token."""
+    return {
+        word
+        for row, mask in zip(resolved.rows["forget"], chosen, strict=True)
+        for word in words_at(row, mask, resolved.tokenizer)
+    }
+
+
+def _seed(resolved: Resolved, entry: UnlearnConfig) -> int:
+    return resolved.recipe.seed if entry.seed is None else entry.seed
 
 
 def _encoded(resolved: Resolved, examples: list[Example]) -> list[Encoded]:

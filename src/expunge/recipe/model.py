@@ -151,7 +151,11 @@ class TokenSelection(Frozen):
     by: Literal["all", "knowledge", "entity"] = Field(
         "all", description="knowledge: tokens that surprise `model`; entity: the parts of answers that rows name"
     )
-    model: str = Field("original", description="what lacks the knowledge: original, reference, or a model of yours")
+    model: str = Field(
+        "original",
+        description="what lacks the knowledge: original, reference, a model of yours, or strangers: "
+        "the target itself, asked about names that nobody has",
+    )
     threshold: float = Field(-2.0, lt=0, description="a token carries knowledge when its log-prob is below this …")
     fall: Density | None = Field(
         None, description="… or, if given, when it is in this part of its answer that falls most from target to `model`"
