@@ -1,19 +1,20 @@
-"""Erasing: the log-odds of forget tokens are pushed to a floor below what a model without the knowledge gives."""
+"""Erasing: the log-odds of forget tokens are pushed down to a floor, which may follow a model without the knowledge."""
 
 from __future__ import annotations
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from expunge.errors import UserError
 from expunge.methods.base import Objective, hyper, objective
 from expunge.methods.step import Step
 
 
 @objective(
     name="erase",
-    idea="push forget tokens' log-odds to a floor below what ignorance gives",
-    formula="E_t max(0, logit p_t − [min(log p_lacking, c) − d])",
+    idea="push forget tokens' log-odds down to a floor, and no further",
+    formula="E_t max(0, logit p_t − [clamp(log p_lacking, b, c) − d])",
     paper="-",
     kind="removes",
     lacking=True,
@@ -24,18 +25,30 @@ from expunge.methods.step import Step
 class Erase(Objective):
     """Its slope is one at every token until the floor is reached, and then none: it neither fades early nor runs away.
 
-    Where the tokens were chosen by a model that lacks the knowledge, each token's floor is below that model's.
+    At its defaults every token has one floor. With a lower `bottom`, a token's floor follows what a model without the
+    knowledge gives it, where one chose the tokens; `depth` goes below that. Deeper is harder to relearn, and costs more
+    of what was never shown.
     """
 
-    depth: float = hyper(6.0, ge=0, description="nats below what the model without the knowledge gives")
-    ceiling: float = hyper(-4.0, lt=0, description="no token's floor starts above this log-prob")
+    ceiling: float = hyper(-3.0, lt=0, description="no token's floor starts above this log-prob …")
+    bottom: float = hyper(-3.0, lt=0, description="… or below this one")
+    depth: float = hyper(0.0, ge=0, description="nats between where the floor starts and the floor")
+
+    def check(self, model: nn.Module) -> None:
+        """Raises UserError for a bottom above the ceiling."""
+        if self.bottom > self.ceiling:
+            raise UserError(
+                f"bottom {self.bottom:g} is above ceiling {self.ceiling:g}",
+                f"--set unlearn.0.parameters.bottom={self.ceiling:g}",
+            )
 
     def loss(self, step: Step) -> dict[str, Tensor]:
         """Mean distance of the forget tokens to their floors, in nats."""
         rows = step.forget
         odds = rows.over_logits(log_odds)
         known = rows.lacking_token_logprobs
-        start = odds.new_full(odds.shape, self.ceiling) if known is None else known.to(odds).clamp(max=self.ceiling)
+        start = torch.full_like(odds, self.ceiling) if known is None else known.to(odds)
+        start = start.clamp(min=self.bottom, max=self.ceiling)
         return {"forget": rows.mean_tokens((odds - (start - self.depth)).clamp(min=0))}
 
 

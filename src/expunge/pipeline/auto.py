@@ -73,7 +73,7 @@ def _sentence(entry: UnlearnConfig) -> str:
     if entry.tokens.by == "knowledge":
         without = "the target when it is asked about strangers"
         without = without if entry.tokens.model == STRANGERS else f"the model '{entry.tokens.model}'"
-        tokens = f"on the tokens that surprise {without}, each to a floor below what it gives"
+        tokens = f"on the tokens that surprise {without}"
     else:
         tokens = f"on {entry.tokens.by} tokens"
     beside = f"{entry.neighbours} strangers beside each forget row" if entry.neighbours else "no strangers"
