@@ -211,7 +211,7 @@ def ihl(k: Known) -> float:
     return float((1 + (p * own).sum(-1) - (p * (1 - own)).max(-1)).mean())
 
 
-def erase(k: Known, depth: float = 0.0, ceiling: float = -3.0, bottom: float = -3.0) -> float:
+def erase(k: Known, depth: float = 0.0, ceiling: float = -3.0) -> float:
     p = np.exp(np.concatenate(k["forget"].logp))
     return float(np.maximum(0, np.log(p / (1 - p)) - (ceiling - depth)).mean())
 
@@ -236,7 +236,7 @@ FORMS: dict[str, tuple[Form, list[dict[str, Any]]]] = {
     "altpo": (dpo, [{"beta": 0.5}]),
     "ceu": (ceu, [{"skip": 1}, {"skip": 2}]),
     "dpo": (dpo, [{"beta": 0.5}]),
-    "erase": (erase, [{"depth": 2.0}, {"ceiling": -2.5}, {"ceiling": -2.0, "bottom": -6.0}]),
+    "erase": (erase, [{"depth": 2.0}, {"ceiling": -2.5}]),
     "eul": (eul, [{"power": 2}]),
     "finetune": (learning, []),
     "flat": (flat, [{"divergence": name} for name in ("kl", "js", "pearson")]),
