@@ -13,6 +13,7 @@ from expunge.errors import UserError
 from expunge.methods.erase import Erase, log_odds
 from expunge.pipeline.auto import decided
 from expunge.recipe import Recipe
+from expunge.report.provenance import switches
 from method_cases import FORGET_TOKENS, SIDES, outputs
 from method_steps import make_step
 from test_unlearn_entries import recipe
@@ -116,3 +117,10 @@ def test_rows_without_names_have_no_strangers_and_are_unlearned_all_the_same(tmp
     }
     result = api.run(made, output=tmp_path / "out", quiet=True)
     assert result.model.is_dir()
+
+
+def test_the_report_says_that_strangers_are_kept():
+    entry = written({})[0].unlearn[0]
+    shown = " / ".join(switches(entry))
+    assert "4 strangers beside each forget row" in shown
+    assert "the target, asked about strangers, below" in shown

@@ -140,6 +140,8 @@ def switches(entry: UnlearnConfig) -> list[str]:
         found.append(f"forget loss on the {percent(entry.quantile)} of tokens with the lowest loss")
     if entry.temperature != 1:
         found.append(f"forget logits at temperature {compact(entry.temperature)}")
+    if entry.neighbours is not None:
+        found.append(f"{plural(entry.neighbours, 'stranger')} beside each forget row answered as before")
     if entry.alternatives.by is not None:
         found.append(f"alternatives: {entry.alternatives.by}")
     if entry.reset is not None:
@@ -164,6 +166,8 @@ def _tokens(tokens: TokenSelection) -> str:
 
 def _named(model: str) -> str:
     """A variant, hub id or alias as it is; of a path the last part: where it stands is nobody's business."""
+    if model == "strangers":
+        return "the target, asked about strangers,"
     return Path(model).name if Path(model).is_absolute() or model.startswith((".", "~")) else model
 
 
