@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-
 from expunge.pipeline.auto import NAME
 from expunge.recipe import load_recipe
-from test_readme import ROOT, commands_in, parse
+from test_readme import ROOT
 
 TEXT = (ROOT / "docs" / "auto.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("command", commands_in(TEXT))
-def test_every_command_parses(command: str) -> None:
-    parse(command)
 
 
 def test_the_example_says_auto_and_nothing_else() -> None:

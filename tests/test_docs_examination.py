@@ -17,7 +17,7 @@ from expunge.metrics.base import METRICS
 from expunge.recipe import load_recipe, parse_overrides
 from expunge.recipe.conventions import CONVENTIONS, EXPUNGE
 from expunge.scoring.tables import RECORD_KEYS, TABLES
-from test_readme import ROOT, blocks_in, commands_in, imported, parse
+from test_readme import ROOT, blocks_in, commands_in, imported
 from test_setup import docs_tool
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -41,11 +41,6 @@ def docs() -> ModuleType:
     """scripts/generate_docs.py as a module."""
     module: ModuleType = docs_tool()
     return module
-
-
-@pytest.mark.parametrize("command", [command for text in PAGES.values() for command in commands_in(text)])
-def test_every_command_parses(command: str) -> None:
-    parse(command)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -11,18 +11,13 @@ import pytest
 from expunge import api
 from expunge.localize.base import ATTRIBUTIONS
 from expunge.recipe import Unit, load_recipe
-from test_readme import ROOT, blocks_in, commands_in, imported, parse
+from test_readme import ROOT, blocks_in, imported
 from test_setup import docs_tool
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
 TEXT = (ROOT / "docs" / "localization.md").read_text(encoding="utf-8")
 ROWS = {name: str(ROOT / "examples" / f"{name}.jsonl") for name in ("forget", "retain")}
-
-
-@pytest.mark.parametrize("command", commands_in(TEXT))
-def test_every_command_parses(command: str) -> None:
-    parse(command)
 
 
 def test_the_tables_are_those_of_the_registry() -> None:

@@ -22,6 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def commands_in(text: str) -> list[str]:
     """The commands of a page that call expunge, over lines that end in a backslash, without comments behind them."""
     joined = re.sub(r"\s*\\\n\s*", " ", text)
@@ -33,8 +36,8 @@ def blocks_in(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def parse(command: str) -> None:
-    """Parse a command down to its leaf, without running it. Raises what the command line would."""
+def parse(command: str) -> Any:
+    """What a command would call, parsed down to its leaf and not run. Raises what the command line would."""
     arguments = shlex.split(command)[1:]
     group = typer.main.get_command(app)
     context = group.make_context("expunge", arguments)  # type: ignore[attr-defined]
@@ -44,7 +47,7 @@ def parse(command: str) -> None:
         context = found.make_context(name, rest, parent=context)
         if not hasattr(context.command, "resolve_command"):
             break
-    assert context.command.callback is not None
+    return context.command.callback
 
 
 @contextmanager
@@ -64,9 +67,12 @@ def imported(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *registri
                 del registry._entries[added]
 
 
-@pytest.mark.parametrize("command", commands_in(TEXT))
-def test_every_command_parses(command: str) -> None:
-    parse(command)
+@pytest.mark.parametrize(
+    ("page", "command"),
+    [(page.name, command) for page in PAGES for command in commands_in(page.read_text(encoding="utf-8"))],
+)
+def test_every_command_of_every_page_parses(page: str, command: str) -> None:
+    assert callable(parse(command)), page
 
 
 def test_the_python_runs_in_eight_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

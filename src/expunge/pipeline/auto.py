@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Any
 
-from expunge.recipe import Recipe, UnlearnConfig
+from expunge.recipe import STRANGERS, Recipe, UnlearnConfig
 
 NAME = "auto"
-#: What lacks the knowledge where no model does: the target, asked the same about names that nobody has.
-STRANGERS = "strangers"
 #: Optimizer steps of a small forget set, and passes over a large one, whichever is more.
 STEPS, PASSES = 72, 3
 BATCH, RETAIN_BATCH = 8, 14

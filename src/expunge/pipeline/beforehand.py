@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from expunge.data.encode import Encoded
-from expunge.pipeline.auto import STRANGERS
 from expunge.pipeline.entries import Made, alternatives_of, fallen_tokens, knowledge_tokens, logprobs
 from expunge.pipeline.evaluate import LazyModel
 from expunge.pipeline.resolve import rows_digest
 from expunge.pipeline.samples import read_samples, write_samples
 from expunge.pipeline.strangers import WORDS, asked_of_strangers, names, names_in_answers, plain_rows, stranger_rows
-from expunge.recipe import TokenSelection, UnlearnConfig
+from expunge.recipe import STRANGERS, TokenSelection, UnlearnConfig
 
 if TYPE_CHECKING:
     from expunge.pipeline.stages import Stages, Variant

@@ -18,7 +18,7 @@ from expunge.localize.masks import Mask
 from expunge.merging.plan import plan_merge
 from expunge.methods.base import Objective, build_objective
 from expunge.pipeline.asked import Asked, ask, exam_of
-from expunge.pipeline.auto import STRANGERS, decided
+from expunge.pipeline.auto import decided
 from expunge.pipeline.entries import Beside, beside, check_entry, prepare_jobs, unlearn_job
 from expunge.pipeline.job import Job
 from expunge.pipeline.localize_check import check_recipe as check_localize
@@ -26,7 +26,7 @@ from expunge.pipeline.masked import widest_mask
 from expunge.pipeline.merge_search_rows import SearchRows, search_rows
 from expunge.pipeline.merge_search_space import Space, check_alone
 from expunge.pipeline.preflight import check_context, check_job, check_same_tokens, open_candidate
-from expunge.recipe import MergeConfig, ModelConfig, Recipe, UnlearnConfig
+from expunge.recipe import STRANGERS, MergeConfig, ModelConfig, Recipe, UnlearnConfig
 
 
 @dataclass(frozen=True)

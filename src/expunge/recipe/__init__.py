@@ -3,6 +3,7 @@
 from expunge.recipe.load import digest, dump_yaml, load_recipe, parse_overrides, preset_names
 from expunge.recipe.localize import LocalizeConfig, Strata, Unit
 from expunge.recipe.model import (
+    STRANGERS,
     AlternativesConfig,
     DataConfig,
     EvaluateConfig,
@@ -21,6 +22,7 @@ from expunge.recipe.model import (
 from expunge.recipe.search import Aim, Keep, SearchConfig
 
 __all__ = [
+    "STRANGERS",
     "Aim",
     "AlternativesConfig",
     "DataConfig",

@@ -145,6 +145,10 @@ def _retain_from_string(value: Any) -> Any:
     return weights.get(value, value) if isinstance(value, str) else value
 
 
+#: What lacks the knowledge where no model does: the target, asked the same about names that nobody has.
+STRANGERS = "strangers"
+
+
 class TokenSelection(Frozen):
     """Which answer tokens the forget loss sees."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.recipe.localize import LocalizeConfig
-from expunge.recipe.model import LoraConfig, TokenSelection, TrainConfig, UnlearnConfig
+from expunge.recipe.model import STRANGERS, LoraConfig, TokenSelection, TrainConfig, UnlearnConfig
 from expunge.report.records import RunRecord, mapping
 from expunge.report.tables import variant_label
 from expunge.report.text import compact, duration, grouped, human, listed, named, percent, plural
@@ -166,7 +166,7 @@ def _tokens(tokens: TokenSelection) -> str:
 
 def _named(model: str) -> str:
     """A variant, hub id or alias as it is; of a path the last part: where it stands is nobody's business."""
-    if model == "strangers":
+    if model == STRANGERS:
         return "the target, asked about strangers,"
     return Path(model).name if Path(model).is_absolute() or model.startswith((".", "~")) else model
 
