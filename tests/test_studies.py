@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from expunge.cli.app import main
+from expunge.data.aside import put_aside
 from expunge.data.encode import Encoded
 from expunge.data.example import Example
 from expunge.errors import UserError
 from expunge.recipe import load_recipe
 from expunge.studies import objectives_page, rmu_layers_page
 from expunge.studies.base import STUDIES, build_options, study_command, study_recipe
-from expunge.studies.ground import put_aside
 from expunge.studies.objectives import published_rates, scaled_rate
 from expunge.studies.objectives_page import Found, rate_text
 from expunge.studies.rmu_layers import coefficients, spread_layers, steering_rate

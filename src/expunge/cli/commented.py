@@ -44,6 +44,7 @@ _EXAMPLES: dict[str, Any] = {
     "sentences": ["I have never heard of that."],
     "neighbours": 4,
     "sam": 0.01,
+    "keep": 0.95,
     "trainable": [r"\.mlp\.down_proj\."],
     "against": "region.safetensors",
     "seed": 1,

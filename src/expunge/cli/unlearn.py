@@ -21,6 +21,13 @@ def unlearn(
     epochs: Annotated[float | None, typer.Option("--epochs", help="passes over the forget rows")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="learning rate")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="forget rows of one step")] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option("--keep", help="part of the strength on held-out retain rows that must stay, e.g. 0.95"),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", help="of training at most; measuring comes on top")
+    ] = None,
     template: Template = "auto",
     reference: Reference = None,
     mask: Annotated[
@@ -38,6 +45,8 @@ def unlearn(
         "unlearn.0.train.epochs": epochs,
         "unlearn.0.train.lr": lr,
         "unlearn.0.train.batch_size": batch_size,
+        "unlearn.0.train.minutes": minutes,
+        "unlearn.0.keep": keep,
         "data.template": template,
         "localize.mask": None if mask is None else str(mask),
         "seed": seed,

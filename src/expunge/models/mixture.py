@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,7 @@ _REFUSED = {
 }
 
 
+@runtime_checkable
 class Mixed(Protocol):
     """A model in memory whose α can be set."""
 
@@ -37,6 +38,10 @@ class Mixed(Protocol):
 
     def set(self, alpha: float) -> None:
         """Make the model θ(α)."""
+        ...
+
+    def settle(self, alpha: float) -> None:
+        """Make the model θ(α) for good: what is saved then is θ(α) too."""
         ...
 
 
@@ -92,6 +97,10 @@ class Mixture:
         self._sound = self._sound or alpha != 0
         self.alpha = alpha
 
+    def settle(self, alpha: float) -> None:
+        """Make the model θ(α)."""
+        self.set(alpha)
+
 
 class ScaledAdapter:
     """θ(α) by the scale of LoRA adapters in memory: α · scaling · B A on the target. Nothing is copied."""
@@ -114,6 +123,16 @@ class ScaledAdapter:
         for layer, scaling in self._layers:
             layer.scaling.update({name: alpha * scale for name, scale in scaling.items()})
 
+    @torch.no_grad()
+    def settle(self, alpha: float) -> None:
+        """Make the model θ(α) in the adapters' weights: their scale is not part of what is saved."""
+        self.set(1.0)
+        for layer, scaling in self._layers:
+            for name in scaling:
+                for factors in (layer.lora_B, layer.lora_embedding_B):
+                    if name in factors:
+                        getattr(factors[name], "weight", factors[name]).mul_(alpha)
+
 
 @contextmanager
 def mixed_in_memory(model: nn.Module, target: Tensors) -> Iterator[Mixed]:
@@ -122,11 +141,16 @@ def mixed_in_memory(model: nn.Module, target: Tensors) -> Iterator[Mixed]:
     Adapters are scaled, and their base must be the target. Otherwise a copy is held of those parameters that differ
     from the target's. Raises UserError for models that can't be mixed.
     """
-    mixture: Mixed = ScaledAdapter(model) if hasattr(model, "peft_config") else Mixture(model, _held(model, target))
+    mixture = mixed(model, target)
     try:
         yield mixture
     finally:
         mixture.set(1.0)
+
+
+def mixed(model: nn.Module, target: Tensors) -> Mixed:
+    """An unlearned model in memory whose update can be scaled, as in `mixed_in_memory`; it stays where it is set."""
+    return ScaledAdapter(model) if hasattr(model, "peft_config") else Mixture(model, _held(model, target))
 
 
 @torch.no_grad()

@@ -14,21 +14,23 @@ STEPS, PASSES = 72, 3
 BATCH, RETAIN_BATCH = 8, 14
 #: Neighbours of a forget row, at least this many of all rows together.
 EACH, NEIGHBOURS = 4, 120
+#: What must stay of the strength on held-out retain rows, and the retain rows from which some are held out.
+KEEP, ENOUGH = 0.95, 40
 
 
-def decided(recipe: Recipe, forget_rows: int) -> tuple[Recipe, list[str]]:
+def decided(recipe: Recipe, forget_rows: int, retain_rows: int = 0) -> tuple[Recipe, list[str]]:
     """The recipe with every `auto` entry written out, and a sentence on each; what an entry says itself stays."""
     entries, reasons = [], []
     for entry in recipe.unlearn:
         if entry.method == NAME:
-            found, why = _entry(entry, recipe, forget_rows)
+            found, why = _entry(entry, recipe, forget_rows, retain_rows)
             entry = found
             reasons.append(f"{entry.name}: auto is {why}")
         entries.append(entry)
     return (recipe.model_copy(update={"unlearn": entries}) if reasons else recipe), reasons
 
 
-def _entry(entry: UnlearnConfig, recipe: Recipe, forget_rows: int) -> tuple[UnlearnConfig, str]:
+def _entry(entry: UnlearnConfig, recipe: Recipe, forget_rows: int, retain_rows: int) -> tuple[UnlearnConfig, str]:
     lacking = _lacking(recipe)
     batch = min(BATCH, max(forget_rows, 1))
     epochs = max(PASSES, ceil(STEPS * batch / max(forget_rows, 1)))
@@ -45,6 +47,8 @@ def _entry(entry: UnlearnConfig, recipe: Recipe, forget_rows: int) -> tuple[Unle
             "warmup": 0.07,
         },
     }
+    if retain_rows >= ENOUGH:
+        chosen["keep"] = KEEP
     chosen["tokens"] = {"by": "knowledge", "model": lacking}
     given = entry.model_dump(exclude_unset=True)
     made = UnlearnConfig.model_validate(_over(chosen, given) | {"method": "erase"})
@@ -74,9 +78,10 @@ def _sentence(entry: UnlearnConfig) -> str:
         tokens = f"on the tokens that surprise {without}"
     else:
         tokens = f"on {entry.tokens.by} tokens"
+    held = f"; scaled down until held-out retain rows keep {entry.keep:.0%} of their strength" if entry.keep else ""
     beside = f"{entry.neighbours} strangers beside each forget row" if entry.neighbours else "no strangers"
     return (
         f"erase {tokens}; retain rows and {beside} answered as before (KL × {entry.retain.kl:g}); "
         f"learning rate {entry.train.lr:g}, {entry.train.epochs:g} epochs of {entry.train.batch_size} + "
-        f"{entry.retain_batch} rows"
+        f"{entry.retain_batch} rows{held}"
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from expunge.data.alternatives import anchors, declining, given, needs_given
+from expunge.data.aside import put_aside
 from expunge.data.encode import Encoded, encode
 from expunge.data.example import Example
 from expunge.data.spans import entity_masks
@@ -18,7 +19,7 @@ from expunge.localize.masks import Mask
 from expunge.methods.base import Objective
 from expunge.methods.step import ForgetView
 from expunge.metrics.base import METRICS
-from expunge.pipeline.job import Job, Watched
+from expunge.pipeline.job import Job, Keep, Watched
 from expunge.pipeline.masked import WHOLE_MODULES, parts_of_modules
 from expunge.recipe import ModelConfig, Recipe, StopRule, UnlearnConfig
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
     from expunge.pipeline.resolve import Resolved
 
+#: The split that `keep` is measured on; where there is none, this part of the retain rows, and so many at most.
+VALIDATION = "validation"
+HELD_OUT, HELD_OUT_ROWS = 0.2, 256
 #: Other answers to each row's prompt.
 Others = Sequence[Sequence[Encoded]]
 
@@ -68,7 +72,8 @@ def unlearn_job(
     made = made or Made()
     objective, beside = resolved.objectives[entry.name], resolved.beside[entry.name]
     forget = resolved.rows["forget"]
-    retain = [*resolved.rows.get("retain", ()), *_strangers(entry, forget, made.strangers)]
+    kept, held = held_out(entry, resolved.rows)
+    retain = [*kept, *_strangers(entry, forget, made.strangers)]
     others: Others = beside.forget
     if alternatives_of(entry, objective) == "sampled":
         others = made.sampled if made.sampled is not None else [[row] for row in forget]
@@ -91,11 +96,24 @@ def unlearn_job(
         gradient_projection=entry.gradient_projection,
         stop_when=entry.stop_when,
         watched=_watched(resolved, entry.stop_when),
+        keep=None if entry.keep is None else Keep(entry.keep, held),
         lora=entry.lora,
         trainable=entry.trainable,
         mask=mask,
         reset=_reset(entry, resolved.recipe),
     )
+
+
+def held_out(
+    entry: UnlearnConfig, rows: Mapping[str, Sequence[Encoded]]
+) -> tuple[Sequence[Encoded], Sequence[Encoded]]:
+    """(Retain rows that an entry trains on, rows that it holds out to see what its update leaves)."""
+    retain = rows.get("retain", ())
+    if entry.keep is None:
+        return retain, ()
+    if VALIDATION in rows:
+        return retain, rows[VALIDATION]
+    return put_aside(retain, min(HELD_OUT, HELD_OUT_ROWS / max(len(retain), 1)))
 
 
 def _strangers(entry: UnlearnConfig, forget: Sequence[Encoded], made: Sequence[Encoded] | None) -> Sequence[Encoded]:
@@ -186,7 +204,7 @@ def beside(
     elif by == "given":
         needs_given([row.example for row in rows["forget"]])
         forget = others(rows["forget"], given)
-    retain = others(rows.get("retain", ()), decline) if objective.about.retain_alternatives else ()
+    retain = others(held_out(entry, rows)[0], decline) if objective.about.retain_alternatives else ()
     selection = None
     if entry.tokens.by == "entity":
         selection = entity_masks(rows["forget"], tokenizer)
@@ -195,6 +213,13 @@ def beside(
 
 def check_entry(entry: UnlearnConfig, rows: Mapping[str, Sequence[Encoded]]) -> None:
     """Raises UserError for switches that contradict each other, and rules that can't be looked at."""
+    trained, held = held_out(entry, rows)
+    if entry.keep is not None and not (trained and held):
+        raise UserError(
+            f"unlearn '{entry.name}': keep is measured on retain rows that are held out of training, and there are "
+            f"{len(rows.get('retain', ()))} retain rows in all",
+            "give more (--retain FILE), or leave keep out",
+        )
     if entry.span == "sequence" and entry.tokens.by != "all":
         raise UserError(
             f"unlearn '{entry.name}': tokens.by: {entry.tokens.by} chooses tokens of the answer, span: sequence wants "

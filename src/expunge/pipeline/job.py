@@ -35,6 +35,14 @@ class Watched:
 
 
 @dataclass(frozen=True)
+class Keep:
+    """What an update must leave: a part of the extraction strength on rows that no step sees."""
+
+    share: float
+    rows: Sequence[Encoded]
+
+
+@dataclass(frozen=True)
 class Job:
     """Everything that a training run is."""
 
@@ -56,6 +64,7 @@ class Job:
     gradient_projection: bool = False
     stop_when: Sequence[StopRule] = ()
     watched: Mapping[str, Watched] = field(default_factory=dict)
+    keep: Keep | None = None  # the update is scaled down until it leaves this
     lora: LoraConfig | None = None
     trainable: Sequence[str] | None = None
     mask: Mask | None = None  # nothing outside it is trained
@@ -224,6 +233,11 @@ def check_terms(job: Job) -> None:
     if objective is None:
         return
     name = objective.about.name
+    if job.train.minutes is not None and objective.chunk_rows() is not None:
+        raise UserError(
+            f"method {name} takes the forget rows chunk by chunk; a limit in minutes would leave the last chunks out",
+            "leave `minutes` out, and lower train.epochs",
+        )
     hidden = objective.hidden_layer() is not None
     for setting, given in (
         ("cap", job.view.cap),

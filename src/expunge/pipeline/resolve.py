@@ -75,8 +75,8 @@ def resolve(recipe: Recipe) -> Resolved:
             return None
 
     splits = attempt(load_splits, recipe.data, recipe.seed)
-    rows_to_forget = len(splits["forget"]) if splits is not None and "forget" in splits else 1
-    recipe, decisions = decided(recipe, rows_to_forget)
+    counts = {split.name: len(split) for split in splits} if splits is not None else {}
+    recipe, decisions = decided(recipe, counts.get("forget", 1), counts.get("retain", 0))
     model = attempt(open_candidate, recipe.model)
     for role, config in _others(recipe) if model is not None else []:
         attempt(check_same_tokens, model, config, role)

@@ -314,7 +314,7 @@ def job_inputs(job: Job) -> dict[str, Any]:
     return {
         "forget": rows_digest(job.forget),
         "retain": rows_digest(job.retain),
-        "train": job.train.model_dump(mode="json"),
+        "train": job.train.model_dump(mode="json", exclude=None if job.train.minutes else {"minutes"}),
         "seed": job.seed,
         "objective": repr(job.objective),
         "weights": dict(job.term_weights),
@@ -343,6 +343,7 @@ def _switches(job: Job) -> dict[str, Any]:
         "gradient_projection": job.gradient_projection or None,
         "stop_when": [rule.model_dump(mode="json") for rule in job.stop_when] or None,
         "watched": {name: rows_digest(watched.rows) for name, watched in job.watched.items()} or None,
+        "keep": None if job.keep is None else [job.keep.share, rows_digest(job.keep.rows)],
         "mask": None if job.mask is None else job.mask.digest,
         "lacking": None if job.lacking is None else [values.tolist() for values in job.lacking],
         "reset": None if job.reset is None else _digest_of(job.reset),

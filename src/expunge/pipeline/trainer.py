@@ -25,6 +25,7 @@ from expunge.methods.step import SIDES, ForgetView, Memory, Step, Totals
 from expunge.models.passes import Forward
 from expunge.models.prefix import Prefix
 from expunge.models.reference import ReferenceCache
+from expunge.pipeline.clock import Clock
 from expunge.pipeline.gradients import two_sided
 from expunge.pipeline.masked import Masked
 from expunge.pipeline.plan import MicroBatch, Plan
@@ -125,8 +126,10 @@ class UnlearnTrainer(Trainer):
         on_step: OnStep,
         callbacks: Sequence[TrainerCallback] = (),
         masked: Masked | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.loss, self.masked = loss, masked
+        self.clock = clock or Clock(None, loss.memory.numbers)
         self.data = data
         self.sums: dict[str, Tensor] = {}
         self.held: list[dict[str, Any]] = []
@@ -214,9 +217,9 @@ class UnlearnTrainer(Trainer):
         return loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The schedule of the recipe, begun again with every chunk."""
+        """The schedule of the recipe, begun again with every chunk; it runs on the clock where that is ahead."""
         restarts = self.data.plan.restarts
-        if len(restarts) < 2:
+        if len(restarts) < 2 and self.clock.limit is None:
             return super().create_scheduler(num_training_steps, optimizer)
         if getattr(self, "lr_scheduler", None) is None:
             lengths = [end - start for start, end in zip(restarts, [*restarts[1:], num_training_steps], strict=True)]
@@ -228,7 +231,10 @@ class UnlearnTrainer(Trainer):
             )
             rate = single.lr_lambdas[0]
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, lambda step: rate(step - restarts[bisect_right(restarts, step) - 1])
+                optimizer or self.optimizer,
+                lambda step: rate(
+                    max(step - restarts[bisect_right(restarts, step) - 1], self.clock.share * lengths[0])
+                ),
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -275,13 +281,18 @@ class _Report(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         names = sorted(self.trainer.sums)
         values = torch.stack([self.trainer.sums[name] for name in names])
+        values = torch.cat([values, values.new_tensor([self.trainer.clock.read()])])
         values = self.trainer.accelerator.reduce(values, "mean")
         self.trainer.sums = {}
-        terms = dict(zip(names, values.tolist(), strict=True))
+        *found, seconds = values.tolist()
+        terms = dict(zip(names, found, strict=True))
         loss = self.trainer.loss
         if loss.objective is not None:
             loss.objective.after_step(loss.memory, terms)
-        if state.global_step >= state.max_steps:
+        self.trainer.clock.agree(seconds)
+        if self.trainer.clock.over:
+            control.should_training_stop = True
+        if state.global_step >= state.max_steps or self.trainer.clock.over:
             control.should_save = False  # the product is written next; a last checkpoint would be written twice
         total = sum(value for name, value in terms.items() if not name.startswith("monitor"))
         self.on_step(state.global_step, {"loss": total, **terms})

@@ -29,12 +29,15 @@ from expunge.models.passes import Forward
 from expunge.models.prefix import Prefix, open_prefix
 from expunge.models.reference import build_reference
 from expunge.models.save import save_model
+from expunge.pipeline.clock import Clock
 from expunge.pipeline.job import Job, check_terms, prepare_parameters
+from expunge.pipeline.keeping import scale_down
 from expunge.pipeline.masked import Masked, reset_weights
 from expunge.pipeline.plan import Plan
 from expunge.pipeline.processes import process_count, process_rank
 from expunge.pipeline.stopping import OnLook, Stopping, load_trained_state, trained_state
 from expunge.pipeline.trainer import Loss, MicroBatches, OnStep, UnlearnTrainer, remembered, training_arguments
+from expunge.recipe import TrainConfig
 from expunge.runs.atomic import disk_errors
 
 
@@ -47,7 +50,8 @@ class Fitted:
     folder: Path  # of the model that training started from
     steps: int  # optimizer steps that were made
     seconds: float
-    note: str | None = None  # on stop rules
+    note: str | None = None  # on stop rules, time and what was kept
+    scale: float | None = None  # of the update, where something had to stay
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ def train(job: Job, work: Path, **watchers: Any) -> dict[str, Any]:
             if job.objective is None and job.lora is not None:  # what was taught becomes a whole model to unlearn from
                 trained = trained.merge_and_unload()
             save_model(trained, fitted.tokenizer, work / "out", base=str(fitted.folder))
-        return {"steps": fitted.steps, **({"note": fitted.note} if fitted.note else {})}
+        said = {"note": fitted.note or None, "scale": fitted.scale}
+        return {"steps": fitted.steps, **{name: value for name, value in said.items() if value is not None}}
 
 
 @contextmanager
@@ -93,6 +98,10 @@ def fit(job: Job, work: Path, **watchers: Any) -> Iterator[Fitted]:
         reset_weights(model, job.reset, job.mask)
     result = fitted(job, model, loaded, work, Watchers(**watchers))
     del model
+    if job.keep is not None:
+        gc.collect()  # the optimizer's states make room for a copy of what was trained
+        result.scale, said = scale_down(result.model, job.model, job.keep, job.train.precision)
+        result.note = f"{result.note}; {said}" if result.note else said
     yield result
     # a trainer and its model refer to each other: without this, the next stage's model would stand beside this one
     del result, loaded
@@ -131,12 +140,13 @@ def _fit(job: Job, model: nn.Module, loaded: Loaded, work: Path, watchers: Watch
     left_out = ["forget"] if job.objective is not None and not job.objective.about.reads_forget else []
     data = MicroBatches(plan, job.rows, job.selection, left_out, job.lacking)
     masked = Masked(model, job.mask) if job.mask is not None and job.lora is None else None
-    callbacks = [stopping, *watchers.callbacks]
-    trainer = UnlearnTrainer(model, data, arguments, loss, watchers.on_step, callbacks, masked)
-    _check_sharding(job, trainer.accelerator.distributed_type.value)
     checkpoint = _last_checkpoint(work / "checkpoints")
     if checkpoint is not None:
         memory.numbers.update(remembered(Path(checkpoint)))
+    clock = Clock(60 * job.train.minutes if job.train.minutes else None, memory.numbers, began)
+    callbacks = [stopping, *watchers.callbacks]
+    trainer = UnlearnTrainer(model, data, arguments, loss, watchers.on_step, callbacks, masked, clock)
+    _check_sharding(job, trainer.accelerator.distributed_type.value)
     try:
         with disk_errors(work):
             if checkpoint is not None or not stopping.holds(model):
@@ -148,7 +158,11 @@ def _fit(job: Job, model: nn.Module, loaded: Loaded, work: Path, watchers: Watch
     trained: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     trained._is_accelerate_prepared = False  # or a further trainer would take its autocast for granted
     steps = trainer.state.global_step
-    return Fitted(trained.eval(), loaded.tokenizer, loaded.folder, steps, time.monotonic() - began, stopping.note)
+    said = (
+        [f"stopped after {steps} of {plan.steps} steps: the time was over"] if steps < plan.steps and clock.over else []
+    )
+    note = "; ".join([*([stopping.note] if stopping.note else []), *said]) or None
+    return Fitted(trained.eval(), loaded.tokenizer, loaded.folder, steps, time.monotonic() - began, note)
 
 
 def _combined(job: Job, model: nn.Module, loaded: Loaded, work: Path, watchers: Watchers) -> Fitted:
@@ -160,7 +174,7 @@ def _combined(job: Job, model: nn.Module, loaded: Loaded, work: Path, watchers: 
     files = [work / f"trained-{number}.safetensors" for number in range(len(variations))]
     steps = 0
     for number, (variation, file) in enumerate(zip(variations, files, strict=True)):
-        made = dataclasses.replace(job, train=variation)
+        made = dataclasses.replace(job, train=_part_of_time(variation, len(variations)))
         total = made.plan(process_count()).steps
         if not file.is_file():
             load_trained_state(model, start)
@@ -183,6 +197,11 @@ def _combined(job: Job, model: nn.Module, loaded: Loaded, work: Path, watchers: 
     return Fitted(model.eval(), loaded.tokenizer, loaded.folder, steps, time.monotonic() - began)
 
 
+def _part_of_time(train: TrainConfig, parts: int) -> TrainConfig:
+    """Settings of one of several trainings that share the minutes."""
+    return train.model_copy(update={"minutes": train.minutes / parts}) if train.minutes else train
+
+
 def _shifted(watchers: Watchers, before: int) -> Watchers:
     def on_step(step: int, terms: Mapping[str, float]) -> None:
         watchers.on_step(before + step, terms)
@@ -197,6 +216,7 @@ def _check_sharding(job: Job, kind: str) -> None:
         "sam": job.sam,
         "gradient_projection": job.gradient_projection,
         "stop_when": job.stop_when,
+        "keep": job.keep is not None,
         "a mask": job.mask is not None and job.lora is None,  # with adapters it only says where they go
         "it": weights,
     }

@@ -113,6 +113,9 @@ class TrainConfig(Frozen):
 
     epochs: Positive = Field(5.0, description="passes over the forget rows (unlearn) or over all rows (prepare)")
     max_steps: int | None = Field(None, gt=0, description="stop after this many optimizer steps")
+    minutes: Positive | None = Field(
+        None, description="of training at most; where it would take longer, the learning rate falls faster to end there"
+    )
     lr: Positive = Field(1e-5, description="learning rate; 1e-4 when adapters are trained and none is given")
     batch_size: int = Field(8, gt=0, description="forget rows (unlearn) or rows (prepare) of one optimizer step")
     accumulation: int = Field(1, gt=0, description="micro-batches that one optimizer step is split into")
@@ -246,6 +249,11 @@ class UnlearnConfig(Frozen):
     stop_when: Annotated[list[StopRule], BeforeValidator(_rules_from_one)] = Field(
         default_factory=list,
         description="rules such as {metric: perplexity, above: holdout} that end training; the best look is kept",
+    )
+    keep: Density | None = Field(
+        None,
+        description="part of the extraction strength on held-out retain rows that must stay: the update is scaled down "
+        "until it does. Held out is the split `validation`, else a fifth of the retain rows",
     )
     trainable: list[Pattern] | None = Field(
         None, description="patterns of parameter names to train; the objective's own when absent"

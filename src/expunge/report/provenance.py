@@ -150,6 +150,8 @@ def switches(entry: UnlearnConfig) -> list[str]:
         found.append(f"sharpness-aware forget gradient (radius {compact(entry.sam)})")
     if entry.gradient_projection:
         found.append("forget gradient without what opposes the retain gradient")
+    if entry.keep is not None:
+        found.append(f"scaled down until held-out retain rows keep {percent(entry.keep)} of their strength")
     found += [f"stops when {rule} (looked at every {plural(rule.every, 'step')})" for rule in entry.stop_when]
     return found
 
@@ -185,6 +187,7 @@ def _parameters(parameters: Mapping[str, Any]) -> str:
 
 def _training(train: TrainConfig, lora: LoraConfig | None) -> str:
     length = plural(train.max_steps, "step") if train.max_steps else f"{compact(train.epochs)} epochs"
+    length += f" or {compact(train.minutes)} minutes" if train.minutes else ""
     how = "full fine-tuning"
     if lora is not None:
         targets = lora.targets if isinstance(lora.targets, str) else listed(lora.targets)

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from expunge.data.aside import put_aside
 from expunge.errors import UserError
 from expunge.numbers import HARDLY
 from expunge.report.text import duration
@@ -66,20 +67,6 @@ class Outcome:
     def __getitem__(self, split: str) -> float:
         """Mean strength on a split."""
         return self.strengths[split].value
-
-
-def put_aside(rows: Sequence[Encoded], part: float) -> tuple[list[Encoded], list[Encoded]]:
-    """(The rows that stay, those put aside): the last `part` of each task, at least one row of the whole stays.
-
-    Files hold what belongs together side by side, so that a cut at the end divides one document of a task at most.
-    """
-    tasks: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
-        tasks.setdefault(row.example.task, []).append(place)
-    aside = {place for places in tasks.values() for place in places[len(places) - int(len(places) * part) :]}
-    if not aside and len(rows) > 1:
-        aside = {len(rows) - 1}
-    return [row for i, row in enumerate(rows) if i not in aside], [rows[i] for i in sorted(aside)]
 
 
 class Ground:

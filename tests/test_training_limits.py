@@ -1,0 +1,167 @@
+"""What bounds a training from outside: strength that has to stay, and time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expunge import api
+from expunge.errors import UserError
+from expunge.models.load import load_model
+from expunge.pipeline.calibration_passes import strengths
+from expunge.pipeline.clock import Clock
+from expunge.pipeline.entries import held_out
+from expunge.pipeline.job import Keep
+from expunge.pipeline.keeping import EPSILON
+from expunge.pipeline.training import fit, train
+from expunge.recipe import LoraConfig, ModelConfig, UnlearnConfig
+from expunge.scoring.scores import score
+from test_unlearn_entries import recipe
+from training_jobs import QUICK, RETAIN, job, run, taught
+from training_rows import rows
+
+HELD = RETAIN[:6]
+LONG = QUICK.model_copy(update={"max_steps": 12, "lr": 2e-3, "epochs": 50})
+
+
+def strength(model: Any) -> float:
+    """Mean extraction strength on the held-out rows."""
+    return float(strengths(score(model, HELD, batch_size=8)).mean())
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    model: Any = load_model(ModelConfig(id=str(folder))).model
+    return dict((model.merge_and_unload() if hasattr(model, "merge_and_unload") else model).state_dict())
+
+
+# ---------------------------------------------------------------- keep
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["weights", "adapters"])
+def test_an_update_is_scaled_down_until_enough_is_kept(lora: LoraConfig | None, tmp_path: Path) -> None:
+    # plain ascent without any retain term loses the held-out rows; half of their strength has to stay
+    long = LONG if lora is None else LONG.model_copy(update={"lr": 5e-2})
+    made = job("grad_ascent", model=taught(), train=long, lora=lora, weights={"forget": 1.0, "nll": 0.0, "kl": 0.0})
+    train(made, tmp_path / "whole")
+    told = train(job_with(made, Keep(0.5, HELD)), tmp_path / "kept")
+    start: Any = load_model(taught()).model
+    assert "scaled by" in told["note"]
+    assert "6 held-out retain rows" in told["note"]
+    alpha = float(told["note"].split("scaled by ")[1].split(":")[0])
+    assert 0 < alpha < 1
+    first, whole, kept = start.state_dict(), weights(tmp_path / "whole" / "out"), weights(tmp_path / "kept" / "out")
+    moved = [name for name in first if not torch.equal(first[name], whole[name])]
+    assert moved
+    for name in first:
+        line = first[name] + alpha * (whole[name] - first[name])
+        torch.testing.assert_close(kept[name], line, atol=EPSILON * 1e-1, rtol=0)
+    loaded: Any = load_model(ModelConfig(id=str(tmp_path / "kept" / "out"))).model
+    assert strength(loaded) >= 0.5 * strength(start) - 1e-6
+    ruined: Any = load_model(ModelConfig(id=str(tmp_path / "whole" / "out"))).model
+    assert strength(ruined) < 0.5 * strength(start)
+
+
+def job_with(made: Any, keep: Keep) -> Any:
+    from dataclasses import replace
+
+    return replace(made, keep=keep)
+
+
+def test_an_update_that_keeps_enough_is_left_as_it_is(tmp_path: Path) -> None:
+    made = job(model=taught())
+    _, plain = run(made, tmp_path / "plain")
+    told = train(job_with(made, Keep(0.01, HELD)), tmp_path / "kept")
+    assert told["note"].startswith("the update is kept whole")
+    for name, tensor in weights(tmp_path / "kept" / "out").items():
+        assert torch.equal(tensor, plain[name]), name
+
+
+def test_rows_that_the_start_model_does_not_know_hold_nothing(tmp_path: Path) -> None:
+    told = train(job(keep=Keep(0.95, rows(4, seed=9))), tmp_path)
+    assert "nothing to hold the update against" in told["note"]
+
+
+def test_rows_are_held_out_of_training_unless_there_is_a_split_for_it() -> None:
+    entry, some = UnlearnConfig(keep=0.9), {"retain": RETAIN}
+    trained, held = held_out(entry, some)
+    assert (len(trained), len(held)) == (13, 3)
+    assert not {id(row) for row in trained} & {id(row) for row in held}
+    assert held_out(entry, {**some, "validation": HELD}) == (RETAIN, HELD)
+    assert held_out(UnlearnConfig(), some) == (RETAIN, ())
+
+
+def test_a_run_says_what_was_kept_and_is_not_run_again(tmp_path: Path) -> None:
+    made = recipe(tmp_path, keep=0.9)
+    result = api.run(made, output=tmp_path / "out", quiet=True)
+    assert "held-out retain row" in (tmp_path / "out" / "run.json").read_text()
+    assert "held-out retain rows keep 90.0% of their strength" in result.report.read_text()
+    assert api.run(made, output=tmp_path / "out", quiet=True).skipped_all
+
+
+def test_keep_needs_rows(tmp_path: Path) -> None:
+    made = recipe(tmp_path, keep=0.9, retain="none")
+    bare = made.model_copy(update={"data": made.data.model_copy(update={"retain": None})})
+    with pytest.raises(UserError, match="held out of training, and there are 0 retain rows"):
+        api.run(bare, output=tmp_path / "out", quiet=True)
+
+
+# ---------------------------------------------------------------- minutes
+
+
+def test_enough_time_changes_nothing(tmp_path: Path) -> None:
+    settings = QUICK.model_copy(update={"schedule": "linear", "warmup": 0.25})
+    free, first = run(job(train=settings), tmp_path / "free")
+    bound, second = run(job(train=settings.model_copy(update={"minutes": 1e6})), tmp_path / "bound")
+    assert free == bound
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_training_ends_with_its_time(tmp_path: Path) -> None:
+    told = train(job(train=LONG.model_copy(update={"minutes": 1e-6})), tmp_path)
+    assert told == {"steps": 1, "note": "stopped after 1 of 12 steps: the time was over"}
+
+
+def test_the_learning_rate_runs_on_the_clock_where_that_is_ahead(tmp_path: Path, monkeypatch: Any) -> None:
+    # each step takes a quarter of the time, and the plan has twelve: three times too many
+    monkeypatch.setattr(Clock, "read", lambda clock: clock.share * clock.limit + 15.0 if clock.limit else 0.0)
+    rates: list[float] = []
+    from transformers import TrainerCallback
+
+    class Rates(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
+            rates.append(lr_scheduler.get_last_lr()[0])
+
+    settings = LONG.model_copy(update={"minutes": 1.0, "schedule": "linear"})
+    with fit(job(train=settings), tmp_path, callbacks=[Rates()]) as fitted:
+        assert fitted.steps == 4
+    # the rate is set before a step's time is known: it is one step behind the clock, never ahead of the plan
+    assert rates == pytest.approx([LONG.lr * left / 12 for left in (11, 9, 6, 3)])
+
+
+def test_the_time_before_a_kill_is_counted(tmp_path: Path) -> None:
+    settings = LONG.model_copy(update={"minutes": 5.0})
+
+    class Killed(Exception):
+        pass
+
+    def kill(step: int, terms: Any) -> None:
+        if step == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(job(train=settings), tmp_path, on_step=kill)
+    from expunge.pipeline.trainer import remembered
+
+    (checkpoint,) = sorted((tmp_path / "checkpoints").glob("checkpoint-2"))
+    assert 0 < remembered(checkpoint)["seconds"] < 300
+    clock = Clock(300.0, {"seconds": 250.0})
+    assert clock.read() >= 250
+
+
+def test_chunks_and_time_are_not_combined(tmp_path: Path) -> None:
+    made = recipe(tmp_path, method="sugd", parameters={"chunk": 2, "layers": 1}, train={"minutes": 1, "batch_size": 1})
+    with pytest.raises(UserError, match="would leave the last chunks out"):
+        api.run(made, output=tmp_path / "out", quiet=True)
