@@ -53,7 +53,7 @@ def entry(options: Uwc) -> dict[str, Any]:
 )
 def uwc(ground: Ground, options: Uwc) -> Document:
     """Train the zoo, calibrate every checkpoint on validation rows, attack all of them, and audit the metrics."""
-    attacks = _attacks(options)
+    attacks = chosen(options.attacks, options.parameters)
     ground.set_aside(JUDGED)
     ground.set_aside(VALIDATION, options.validation)
     trials = [
@@ -156,15 +156,15 @@ def _audited(ground: Ground, options: Uwc, zoo: Mapping[str, Variant], attacks: 
     return findings(record, members.zoo(), Resampling(evaluate.bootstrap, options.seed)), record
 
 
-def _attacks(options: Uwc) -> list[Any]:
-    """The attacks with their settings. Raises UserError for an unknown name or setting."""
+def chosen(attacks: Sequence[str], parameters: Sequence[str]) -> list[Any]:
+    """Attacks with their settings (`relearn.steps=40`). Raises UserError for an unknown name or setting."""
     from expunge.pipeline.attack import chosen_attacks
     from expunge.recipe import parse_overrides
 
     given: dict[str, dict[str, Any]] = {}
-    for key, value in parse_overrides(options.parameters).items():
+    for key, value in parse_overrides(parameters).items():
         name, dot, setting = key.partition(".")
         if not dot:
             raise UserError(f"--parameters: '{key}' names no attack", "for instance: --parameters relearn.steps=40")
         given.setdefault(name, {})[setting] = value
-    return chosen_attacks(list(options.attacks), "full", given)
+    return chosen_attacks(list(attacks), "full", given)

@@ -1,0 +1,222 @@
+"""The search behind `method: auto`: variations and published objectives, each scaled to keep enough, then attacked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, model_validator
+
+from expunge.errors import UserError, did_you_mean
+from expunge.studies.auto_page import SUMMARY, Examined, chosen_of, document
+from expunge.studies.auto_space import AUTO, DEFAULT, RIVALS, VARIATIONS, Entrant
+from expunge.studies.base import STUDIES, Names, Numbers, StudyOptions, Whole, study
+from expunge.studies.objectives import layer_setting, published_rates, rate_text, scaled_rate
+
+if TYPE_CHECKING:
+    from expunge.pipeline.stages import Variant
+    from expunge.recipe import UnlearnConfig
+    from expunge.report.attack_record import AttackRecord
+    from expunge.report.document import Document
+    from expunge.studies.ground import Ground
+
+JUDGED, VALIDATION = "retain_unseen", "validation"
+ATTACKS = ("relearn", "quantize")
+#: One epoch on all rows of `fictitious`, as the margin is defined; one pass at 4 bits.
+SETTINGS = ("relearn.beside=retain", "relearn.steps=15", "relearn.looks=1", "relearn.lr=1e-4", "quantize.schemes=[nf4]")
+
+
+class Auto(StudyOptions):
+    """Options of `auto`."""
+
+    variations: Names = Field(tuple(VARIATIONS), description="of auto: " + ", ".join(VARIATIONS))
+    rivals: Names = Field(RIVALS, description="published objectives beside it; none: --rivals ''")
+    rates: Numbers | None = Field(None, description="learning rates of the rivals; their own, scaled, when absent")
+    epochs: float = Field(10.0, gt=0, description="passes of the rivals over the forget rows")
+    steps: int | None = Field(None, gt=0, description="optimizer steps of every training at most")
+    report: Whole = Field((), description="seeds of other people on whom the chosen one and the rivals are reported")
+    attacks: Names = Field(ATTACKS, description="what is done to every model (expunge list attacks)")
+    parameters: Names = Field(SETTINGS, description="settings of attacks, e.g. relearn.steps=40")
+    limit: int = Field(24, gt=0, description="rows of each split but forget that are measured under attack")
+    validation: float = Field(0.2, gt=0, lt=1, description="part of the retain rows that the scaling looks at")
+
+    @model_validator(mode="after")
+    def _others(self) -> Auto:
+        if self.seed in self.report:
+            raise ValueError(f"--report: people of seed {self.seed} are those that the choice is made on")
+        return self
+
+
+def entry(options: Auto) -> dict[str, Any]:
+    """What the rivals share; variations of `auto` bring their own."""
+    train = {"epochs": options.epochs, "batch_size": 8, "schedule": "linear", "warmup": 0.05, "lr": 1e-5}
+    train |= {"max_steps": options.steps} if options.steps else {}
+    return {"method": "grad_ascent", "keep": options.share, "train": {**train, "checkpoint_every": 100_000}}
+
+
+@study(
+    "auto",
+    summary=SUMMARY,
+    paper="",
+    estimate="about ten minutes per variation on one CPU core with a model of 135M parameters, attacks included",
+    options=Auto,
+    entry=entry,
+    fixed=("method", "parameters", "train.lr", "train.epochs", "train.max_steps", "keep", "seed"),
+)
+def auto(ground: Ground, options: Auto) -> Document:
+    """Examine every entrant on the people of the seed, choose, and examine the chosen ones on other people."""
+    from expunge.studies.ground import open_ground
+
+    attacks = _attacks(options)
+    _set_aside(ground, options)
+    entrants = [*_variations(options), *_rivals(ground, options)]
+    ground.expect(len(entrants), f"then those chosen of them on {len(options.report)} further sets of people")
+    tried = _examined(ground, options, entrants, attacks)
+    going_on = chosen_of(tried, ground.whole.recipe.thresholds, options.share)
+    reported: list[Examined] = []
+    for seed in options.report if len(tried) == len(entrants) else ():
+        recipe = ground.whole.recipe.model_copy(update={"seed": seed})
+        place = ground.directory.path / f"people-{seed}"
+        with open_ground(STUDIES.get("auto"), options, recipe, place, ground.stages.reporter) as other:
+            other.began = ground.began  # one budget of time for all
+            _set_aside(other, options)
+            other.expect(len(going_on))
+            reported += _examined(other, options, [found.entrant for found in going_on], attacks)
+            ground.remarks += [f"People {seed}: {remark}" for remark in other.remarks]
+            other.directory.finish()
+    return document(ground, options, tried, going_on, reported)
+
+
+def _set_aside(ground: Ground, options: Auto) -> None:
+    ground.set_aside(JUDGED)
+    ground.set_aside(VALIDATION, options.validation)
+
+
+def _variations(options: Auto) -> Iterable[Entrant]:
+    """Raises UserError for a name that is none."""
+    for name in dict.fromkeys((DEFAULT, *options.variations)):
+        if name not in VARIATIONS:
+            raise UserError(f"--variations: auto has no variation '{name}'", did_you_mean(name, list(VARIATIONS)))
+        yield Entrant(f"{AUTO}-{name}", AUTO, VARIATIONS[name])
+
+
+def _rivals(ground: Ground, options: Auto) -> Iterable[Entrant]:
+    """Each rival at its rates. Raises UserError for a name that is no objective."""
+    from expunge.methods.base import OBJECTIVES
+
+    for name in dict.fromkeys(options.rivals):
+        declared = published_rates(OBJECTIVES.get(name).about.rates)
+        rates = options.rates or [scaled_rate(rate, ground.parameters, adapters=False) for rate in declared]
+        parameters = layer_setting(ground, name)
+        for rate in sorted(rates):
+            yield Entrant(
+                f"{name}-lr{rate_text(rate)}",
+                name,
+                {"method": name, "parameters": parameters, "train": {"lr": rate}},
+            )
+
+
+def _written(ground: Ground, options: Auto, entrant: Entrant) -> UnlearnConfig:
+    """The entry of an entrant: what `auto` writes out for these rows, or the rivals' own."""
+    from expunge.pipeline.auto import decided
+    from expunge.recipe import UnlearnConfig
+
+    seed = ground.whole.recipe.seed
+    if not entrant.is_auto:
+        return ground.entry(name=entrant.name, seed=seed, **entrant.entry)
+    objective = entrant.entry.get("method")
+    said = {key: value for key, value in entrant.entry.items() if key != "method"}
+    asked = {"name": entrant.name, "method": AUTO, "keep": options.share, "seed": seed, **said}
+    recipe = ground.whole.recipe.model_copy(update={"unlearn": [UnlearnConfig.model_validate(asked)]})
+    counts = (len(ground.resolved.rows[name]) for name in ("forget", "retain"))
+    made = decided(recipe, *counts)[0].unlearn[0]
+    if objective is not None:
+        made = made.model_copy(update={"method": objective, "parameters": layer_setting(ground, objective)})
+    bounds = [steps for steps in (made.train.max_steps, options.steps) if steps is not None]
+    limits = {"checkpoint_every": 100_000, "max_steps": min(bounds, default=None)}
+    return made.model_copy(update={"train": made.train.model_copy(update=limits)})
+
+
+def _examined(ground: Ground, options: Auto, entrants: Sequence[Entrant], attacks: Sequence[Any]) -> list[Examined]:
+    """Train every entrant, score it, attack them all; those for which time is left, and whose training came through."""
+    from expunge.studies.ground import Planned
+
+    planned = []
+    for entrant in entrants:
+        made = _written(ground, options, entrant)
+        ground.check(made)
+        about = {"method": entrant.family, "entrant": entrant.name, "people": ground.whole.recipe.seed}
+        planned.append((entrant, Planned(entrant.name, made, about)))
+    ground.measure_yardsticks()
+    models: dict[str, tuple[Entrant, Variant]] = {}
+    for entrant, trial in planned:
+        if ground.time_is_up():
+            break
+        variant = ground.checkpoint(trial)
+        if variant is not None:
+            models[trial.name] = entrant, variant
+    if not models:
+        return []
+    record = _attacked(ground, options, {name: variant for name, (_, variant) in models.items()}, attacks)
+    return [
+        Examined(
+            entrant,
+            ground.whole.recipe.seed,
+            dict(ground.outcomes),
+            _scale(ground, name),
+            _standings(record, name, first=name == next(iter(models))),
+        )
+        for name, (entrant, _) in models.items()
+    ]
+
+
+def _scale(ground: Ground, name: str) -> float | None:
+    """By what the update of a model was scaled, from the record of its training."""
+    made = json.loads((ground.directory.path / "zoo" / name / "stage.json").read_text(encoding="utf-8"))
+    scale: float | None = made["outputs"].get("scale")
+    return scale
+
+
+def _attacked(ground: Ground, options: Auto, models: Mapping[str, Variant], attacks: Sequence[Any]) -> AttackRecord:
+    from expunge.pipeline.attack import attack_models
+    from expunge.pipeline.attack_summary import MODEL
+
+    recipe, known = ground.whole.recipe, ground.variants
+    first, *others = models
+    subjects = {MODEL: models[first].config}
+    subjects |= {name: known[name].config for name in ("target", "reference") if name in known}
+    subjects |= {name: models[name].config for name in others}
+    return attack_models(
+        subjects,
+        recipe.data,
+        attacks,
+        recipe.evaluate,
+        recipe.seed,
+        ground.directory.path / "attacks",
+        ground.stages.reporter,
+        limit=options.limit,
+    )
+
+
+def _standings(record: AttackRecord, name: str, first: bool) -> dict[str, tuple[float, float | None]]:
+    """Attack point → (strength of a model there, that of the reference)."""
+    from expunge.pipeline.attack_summary import MODEL
+
+    subject = MODEL if first else name
+    found = {}
+    for result in record.attacks:
+        for point in result.points:
+            if subject in point.strengths:
+                reference = point.strengths.get("reference")
+                strength = point.strengths[subject].value
+                found[f"{result.name} {point.label}"] = strength, None if reference is None else reference.value
+    return found
+
+
+def _attacks(options: Auto) -> list[Any]:
+    """The attacks with their settings; settings of attacks that are not asked for are left out when they are ours."""
+    from expunge.studies.uwc import chosen
+
+    ours = [one for one in options.parameters if one not in SETTINGS or one.partition(".")[0] in options.attacks]
+    return chosen(options.attacks, ours)

@@ -1,0 +1,293 @@
+"""What `auto` was chosen from and how it stands beside published objectives, as a document."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import methodcaller
+from typing import TYPE_CHECKING
+
+from expunge.report.document import Column, Document, Section, Table, TableCell, TableRow
+from expunge.report.figure_data import Plane, Spot
+from expunge.report.text import human, listed, number, plural
+from expunge.studies.auto_space import AUTO, DEFAULT, Entrant
+from expunge.studies.rules import Measured, choose, keeps, pareto_front, spread
+
+if TYPE_CHECKING:
+    from expunge.recipe.model import Thresholds
+    from expunge.studies.auto import Auto
+    from expunge.studies.ground import Ground, Outcome
+
+SUMMARY = "what `auto` is chosen from, each scaled to keep enough and attacked, and how it stands on other people"
+VALIDATION, JUDGED = "validation", "retain_unseen"
+#: Variants that everything is held against.
+_YARDSTICKS = ("original", "target", "reference")
+
+#: Attack point → (strength of the model, that of the reference).
+Standings = Mapping[str, tuple[float, float | None]]
+
+
+@dataclass(frozen=True)
+class Examined:
+    """An entrant on the people of one seed: strengths of it and of its yardsticks, its scale, and what attacks show."""
+
+    entrant: Entrant
+    people: int
+    outcomes: Mapping[str, Outcome]
+    scale: float | None
+    attacks: Standings
+
+    @property
+    def own(self) -> Outcome:
+        """Its own strengths."""
+        return self.outcomes[self.entrant.name]
+
+    def of(self, variant: str, split: str) -> float | None:
+        """A yardstick's strength, if there is such a yardstick."""
+        return self.outcomes[variant][split] if variant in self.outcomes else None
+
+    @property
+    def kept(self) -> float:
+        """Part of the target's strength on unseen rows that is left."""
+        return self.own[JUDGED] / (self.of("target", JUDGED) or 1.0)
+
+    def under(self, label: str) -> float | None:
+        """Its strength at an attack point."""
+        return self.attacks[label][0] if label in self.attacks else None
+
+    def reference_under(self, label: str) -> float | None:
+        """The reference's strength at an attack point."""
+        return self.attacks[label][1] if label in self.attacks else None
+
+    def share_of(self, variant: str) -> float:
+        """Part of the target's strength on unseen rows that a yardstick has."""
+        return (self.of(variant, JUDGED) or 0.0) / (self.of("target", JUDGED) or 1.0)
+
+    @property
+    def margin(self) -> float | None:
+        """The largest distance to the reference under any attack; None without one."""
+        found = [strength - known for strength, known in self.attacks.values() if known is not None]
+        return max(found, default=None)
+
+
+def forgets(found: Examined, thresholds: Thresholds) -> bool:
+    """Whether the forget strength is within the recipe's margin of the reference, or below its threshold."""
+    reference = found.of("reference", "forget") or 0.0
+    return found.own["forget"] <= max(reference + thresholds.reference_margin, thresholds.forget_extraction)
+
+
+def chosen_of(tried: Sequence[Examined], thresholds: Thresholds, share: float) -> list[Examined]:
+    """The chosen variation, `auto` as it stands, and of each rival the best rate; looks at no unseen row."""
+    ours = [found for found in tried if found.entrant.is_auto]
+    eligible = [
+        found
+        for found in ours
+        if forgets(found, thresholds) and keeps(_validated(found), found.of("target", VALIDATION) or 0.0, share)
+    ]
+    best = min(eligible, key=lambda found: (_worst(found), found.own["forget"]), default=None) or _best(ours, share)
+    default = next((found for found in ours if found.entrant.name == f"{AUTO}-{DEFAULT}"), None)
+    families = dict.fromkeys(found.entrant.family for found in tried if not found.entrant.is_auto)
+    rivals = [_best([found for found in tried if found.entrant.family == family], share) for family in families]
+    return list({found.entrant.name: found for found in (best, default, *rivals) if found is not None}.values())
+
+
+def _worst(found: Examined) -> float:
+    return found.margin if found.margin is not None else 0.0
+
+
+def _validated(found: Examined) -> Measured:
+    return Measured(found.own["forget"], found.own[VALIDATION])
+
+
+def _best(found: Sequence[Examined], share: float) -> Examined | None:
+    by_name = {one.entrant.name: one for one in found}
+    target = found[0].of("target", VALIDATION) if found else None
+    choice = choose({name: _validated(one) for name, one in by_name.items()}, target or 0.0, share)
+    return None if choice is None else by_name[choice.key]
+
+
+def document(
+    ground: Ground, options: Auto, tried: Sequence[Examined], chosen: Sequence[Examined], reported: Sequence[Examined]
+) -> Document:
+    """The whole document."""
+    final = reported or list(chosen)
+    people = sorted({found.people for found in final})
+    sections = [_report(final, options, bool(reported))] if final else []
+    if tried:
+        sections.append(_search(tried, chosen, options))
+    return Document(
+        name="auto",
+        summary=SUMMARY,
+        answer=_answer(final, options, bool(reported)),
+        rule=f"Fixed beforehand: every update is scaled down until validation rows keep {options.share:.0%} of their "
+        "strength. Of the variations of auto that then leave the forget rows within the thresholds of the recipe, the "
+        "one with the smallest margin over the reference under its worst attack; of each rival, the rate that leaves "
+        "least. No unseen row chooses anything, and where other people are reported on, none of theirs does.",
+        remarks=list(ground.remarks),
+        planned=ground.planned,
+        done=len(ground.trials),
+        facts={
+            "Tried": plural(len(tried), "model"),
+            "Chosen on": f"people of seed {options.seed}",
+            "Reported on": f"people of {plural(len(people), 'seed')}: {listed([str(seed) for seed in people])}"
+            if reported
+            else "the same people, unseen rows",
+            "Kept": f"{options.share:.0%} of the target's on validation rows",
+        },
+        settings={"Attacks": ", ".join(options.attacks), "Settings": ", ".join(options.parameters)},
+        sections=sections,
+        limits=[
+            "One training per model and set of people; what differs by less than the deviation over people is not "
+            "told apart.",
+            "Facts that were taught in a fine-tuning are easier to remove than those of pretraining.",
+            *([] if reported else ["No other people were looked at: give --report 43,44,45."]),
+        ],
+        results={
+            "chosen": chosen[0].entrant.name if chosen else None,
+            "tried": [_plain(found) for found in tried],
+            "reported": [_plain(found) for found in reported],
+        },
+    )
+
+
+def _plain(found: Examined) -> dict[str, object]:
+    return {
+        "name": found.entrant.name,
+        "people": found.people,
+        "scale": found.scale,
+        "forget": found.own["forget"],
+        "kept": found.kept,
+        "margin": found.margin,
+        "attacks": {label: list(pair) for label, pair in found.attacks.items()},
+        "seconds": found.own.seconds,
+    }
+
+
+def _answer(final: Sequence[Examined], options: Auto, others: bool) -> str:
+    if not final:
+        return f"Nothing can be said of {options.model}: no model was finished."
+    groups = _grouped(final)
+    name = next(iter(groups))
+    ours = groups[name]
+    forget, kept = (_mean(ours, read) for read in (lambda f: f.own["forget"], lambda f: f.kept))
+    reference = _mean(ours, lambda f: f.of("reference", "forget"))
+    beside = "" if reference is None else f" (reference {number(reference)})"
+    worst = _mean(ours, lambda f: f.margin)
+    attacked = "" if worst is None else f", and under its worst attack stands {number(worst)} above the reference"
+    rivals = {group: found for group, found in groups.items() if not found[0].entrant.is_auto}
+    best = min(rivals, key=lambda group: _mean(rivals[group], lambda f: f.own["forget"]) or 0.0, default=None)
+    rest = "" if best is None else f"; the best rival, {best}, leaves {number(_mean(rivals[best], _forget))}"
+    where = "on other people" if others else "on the people that chose it"
+    return (
+        f"On {options.model}, {name} leaves extraction strength {number(forget)} of the forget rows{beside} and keeps "
+        f"{kept or 0:.1%} of unseen rows {where}{attacked}{rest}."
+    )
+
+
+def _forget(found: Examined) -> float:
+    return found.own["forget"]
+
+
+def _grouped(found: Sequence[Examined]) -> dict[str, list[Examined]]:
+    groups: dict[str, list[Examined]] = {}
+    for one in found:
+        groups.setdefault(one.entrant.name, []).append(one)
+    return groups
+
+
+def _mean(found: Sequence[Examined], read: Callable[[Examined], float | None]) -> float | None:
+    values = [value for one in found if (value := read(one)) is not None]
+    return spread(values)[0] if values else None
+
+
+def _cell(found: Sequence[Examined], read: Callable[[Examined], float | None], share: bool = False) -> TableCell:
+    values = [value for one in found if (value := read(one)) is not None]
+    if not values:
+        return TableCell(text="–")
+    mean, deviation = spread(values)
+    shown = [f"{value:.1%}" if share else number(value) for value in (mean, deviation or 0.0)]
+    return TableCell(text=shown[0], under="" if deviation is None else f"± {shown[1]}")
+
+
+def _table(groups: Mapping[str, Sequence[Examined]], best: str, title: str) -> Table:
+    labels = list(dict.fromkeys(label for found in groups.values() for one in found for label in one.attacks))
+    columns = [
+        Column(label="Model", number=False),
+        Column(label="Scale", hint="of the update, so that validation rows keep enough"),
+        Column(label="Forget ES", arrow="↓", hint="extraction strength on the forget rows"),
+        Column(label="Unseen kept", arrow="↑", hint="part of the target's strength on rows that nothing looked at"),
+        *(Column(label=human(label), arrow="↓", hint="strength on the forget rows then") for label in labels),
+        Column(label="Worst margin", arrow="↓", hint="largest distance to the reference under any attack"),
+        Column(label="Seconds", hint="training"),
+    ]
+    rows = []
+    for name, found in groups.items():
+        cells = [
+            TableCell(text=name),
+            _cell(found, lambda f: f.scale),
+            _cell(found, _forget),
+            _cell(found, lambda f: f.kept, share=True),
+            *(_cell(found, methodcaller("under", label)) for label in labels),
+            _cell(found, lambda f: f.margin),
+            _cell(found, lambda f: f.own.seconds),
+        ]
+        rows.append(TableRow(cells=cells, role="result" if name == best else "specialist"))
+    some = list({found.people: found for group in groups.values() for found in group}.values())
+    for name in _YARDSTICKS:
+        if any(name in found.outcomes for found in some):
+            known = [
+                _cell(some, methodcaller("reference_under", label)) if name == "reference" else TableCell(text="–")
+                for label in labels
+            ]
+            cells = [TableCell(text=human(name)), TableCell(text="–"), _cell(some, methodcaller("of", name, "forget"))]
+            kept = _cell(some, methodcaller("share_of", name), share=True)
+            rows.append(TableRow(cells=[*cells, kept, *known, TableCell(text="–"), TableCell(text="–")], role=name))
+    return Table(title=title, columns=columns, rows=rows)
+
+
+def _report(final: Sequence[Examined], options: Auto, others: bool) -> Section:
+    groups = _grouped(final)
+    seeds = len({found.people for found in final})
+    words = f"Mean ± standard deviation over the people of {plural(seeds, 'seed')}" if others else "One set of people"
+    return Section(
+        title="On other people" if others else "What was chosen",
+        lead="Strengths are extraction strength. The choice had been made before these people were looked at."
+        if others
+        else "Strengths are extraction strength; unseen rows chose nothing.",
+        figures=[_plane(groups, options)],
+        tables=[_table(groups, next(iter(groups)), words)],
+    )
+
+
+def _search(tried: Sequence[Examined], chosen: Sequence[Examined], options: Auto) -> Section:
+    return Section(
+        title="What was tried",
+        lead=f"Every variation of auto and every rate of every rival, one training each, on the people of seed "
+        f"{options.seed}. A variation differs from the default in what its name says.",
+        tables=[_table(_grouped(tried), chosen[0].entrant.name if chosen else "", plural(len(tried), "model"))],
+    )
+
+
+def _plane(groups: Mapping[str, Sequence[Examined]], options: Auto) -> Plane:
+    first, measured, spots = next(iter(groups)), {}, []
+    for name, found in groups.items():
+        x, y = _mean(found, _forget) or 0.0, _mean(found, lambda f: f.own[JUDGED]) or 0.0
+        measured[name] = Measured(x, y)
+        spots.append(Spot(name=name, role="result" if name == first else "specialist", x=x, y=y))
+    some = [found[0] for found in groups.values()][:1]
+    for name in _YARDSTICKS:
+        if name in some[0].outcomes:
+            marks = [_mean(groups[first], methodcaller("of", name, split)) or 0.0 for split in ("forget", JUDGED)]
+            spots.append(Spot(name=name, role=name, x=marks[0], y=marks[1]))
+    target = _mean(groups[first], lambda f: f.of("target", JUDGED)) or 0.0
+    return Plane(
+        title="Forgetting against keeping",
+        retain_name="unseen retain",
+        spots=spots,
+        front=pareto_front(measured),
+        retain_at_least=options.share * target,
+        words=[
+            "Means over people. The upper left corner is ideal; in the shaded field enough is kept on rows that "
+            "nothing looked at."
+        ],
+    )

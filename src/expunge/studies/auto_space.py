@@ -1,0 +1,52 @@
+"""What `auto` is chosen from, and what it is compared with: entries of a recipe, as a user would write them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from expunge.pipeline.auto import NAME as AUTO
+
+#: The rule's own choice; what else is tried differs from it in one thing each.
+DEFAULT = "default"
+
+_DEEP = {"ceiling": -4.0, "bottom": -30.0, "depth": 6.0}
+
+#: Variation → what an entry says beside `method: auto`: floor, tokens, matrices, schedule, wrappers, objective.
+VARIATIONS: Mapping[str, Mapping[str, Any]] = {
+    DEFAULT: {},
+    "deep": {"parameters": _DEEP},
+    "middle": {"parameters": {"ceiling": -6.0, "bottom": -6.0}},
+    "every-token": {"tokens": "all"},
+    "no-strangers": {"neighbours": None},
+    "down-proj": {"trainable": [r"\.mlp\.down_proj\."], "train": {"lr": 1.5e-4}},
+    "half-length": {"train": {"max_steps": 36}},
+    "slow": {"train": {"lr": 2e-5}},
+    "constant": {"train": {"schedule": "constant"}},
+    "strong-keep": {"retain": {"nll": 0.0, "kl": 8.0}},
+    "sharpness-aware": {"sam": 0.01},
+    "deep-sharpness-aware": {"parameters": _DEEP, "sam": 0.01},
+    "projected": {"gradient_projection": True},
+    "deep-projected": {"parameters": _DEEP, "gradient_projection": True},
+    "npo": {"method": "npo"},
+    "wga": {"method": "wga"},
+    "states": {"method": "adaptive_rmu", "tokens": "all"},
+}
+
+#: Published objectives beside which `auto` stands unless others are named.
+RIVALS = ("npo", "grad_diff", "simnpo", "sugd")
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One way to unlearn: of `family`, one entry of a recipe."""
+
+    name: str
+    family: str
+    entry: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether it is a variation of `auto`."""
+        return self.family == AUTO
