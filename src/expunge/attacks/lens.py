@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from expunge.attacks.base import ModelAttack, Point, World, attack, setting
 from expunge.attacks.states import States, all_but_first, gradients_allowed, layer_states, remembered, replaced_states
 from expunge.errors import UserError
-from expunge.models.forward import capture_head_input, decoder_layers, supervised_head, truncated
+from expunge.models.forward import capture_head_input, decoder_layers, evaluating, supervised_head, truncated
 from expunge.models.reference import Head
 from expunge.models.token_logprobs import token_logprobs
-from expunge.scoring.batches import evaluating
 
 Depth = Annotated[float, Field(gt=0, le=1)]
 #: Every fifth row chooses the probe that the others trained.

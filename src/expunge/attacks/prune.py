@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from expunge.attacks.base import ModelAttack, Point, World, attack, restored, setting
 from expunge.attacks.states import remembered
 from expunge.errors import UserError
-from expunge.models.forward import supervised_head
+from expunge.models.forward import evaluating, supervised_head
 from expunge.models.quantization import LinearWeight, linear_weights
-from expunge.scoring.batches import evaluating
 
 #: Halvings of the interval in which the threshold over all tensors lies: float32 has no more digits.
 _HALVINGS = 40

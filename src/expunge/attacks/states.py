@@ -15,8 +15,14 @@ from expunge.data.collate import Batch, pad_right
 from expunge.data.encode import Encoded
 from expunge.errors import UserError
 from expunge.models.drift import weights_digest
-from expunge.models.forward import capture_layer, decoder_layers, first_tensor, pick_positions, supervised_head
-from expunge.scoring.batches import evaluating
+from expunge.models.forward import (
+    capture_layer,
+    decoder_layers,
+    evaluating,
+    first_tensor,
+    pick_positions,
+    supervised_head,
+)
 
 T = TypeVar("T")
 _BATCH = 8

@@ -45,6 +45,7 @@ _EXAMPLES: dict[str, Any] = {
     "neighbours": 4,
     "sam": 0.01,
     "keep": 0.95,
+    "null_space": 3,
     "trainable": [r"\.mlp\.down_proj\."],
     "against": "region.safetensors",
     "seed": 1,

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from expunge.data.collate import pad_right
 from expunge.data.encode import Encoded
 from expunge.errors import UserError
-from expunge.models.forward import unwrap
+from expunge.models.forward import evaluating, unwrap
 from expunge.models.packing import supports_packing
 from expunge.models.passes import Forward
 from expunge.models.storage import allocate, has_room
 from expunge.models.token_logprobs import token_logprobs
-from expunge.scoring.batches import evaluating, scoring_batches
+from expunge.scoring.batches import scoring_batches
 
 if TYPE_CHECKING:
     from expunge.localize.masks import Mask

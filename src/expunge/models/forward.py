@@ -20,6 +20,18 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in eval mode (no dropout); afterwards every module is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def supervised_head(model: nn.Module, where: Bool[Tensor, "B L"] | Int[Tensor, " N"]) -> Iterator[None]:
     """Within it, `model(...).logits` is [1, N, V]: the True positions, row by row, or the given flat positions.
 

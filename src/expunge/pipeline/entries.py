@@ -94,6 +94,7 @@ def unlearn_job(
         anchors=beside.anchors,
         sam=entry.sam,
         gradient_projection=entry.gradient_projection,
+        null_space=entry.null_space,
         stop_when=entry.stop_when,
         watched=_watched(resolved, entry.stop_when),
         keep=None if entry.keep is None else Keep(entry.keep, held),

@@ -20,6 +20,7 @@ from expunge.methods.step import ForgetView
 from expunge.models.forward import decoder_layers, unwrap
 from expunge.models.lora import add_lora
 from expunge.models.prefix import frozen_depth
+from expunge.models.quantization import linear_weights
 from expunge.models.reference import Needs
 from expunge.pipeline.masked import adapter_targets
 from expunge.pipeline.plan import Plan, Sides, make_plan
@@ -62,6 +63,7 @@ class Job:
     anchors: Sequence[Encoded] = ()  # prompts that a model can only decline
     sam: float | None = None  # radius of the sharpness-aware forget gradient
     gradient_projection: bool = False
+    null_space: float | None = None  # updates keep out of what the inputs of retain rows use
     stop_when: Sequence[StopRule] = ()
     watched: Mapping[str, Watched] = field(default_factory=dict)
     keep: Keep | None = None  # the update is scaled down until it leaves this
@@ -179,6 +181,9 @@ def _chosen(model: nn.Module, job: Job) -> set[str] | None:
     patterns = job.trainable
     if patterns is None and job.objective is not None:
         patterns = own_parameters(model, job.objective)
+    if job.null_space is not None:  # nothing that it can't guard
+        linear = linear_weights(model)
+        return {name for name in linear if patterns is None or any(re.search(p, name) for p in patterns)}
     if patterns is None:
         return None if job.mask is None else set(job.mask.bound(model))
     matching = {name for name, _ in model.named_parameters() if any(re.search(p, name) for p in patterns)}
@@ -257,6 +262,15 @@ def check_terms(job: Job) -> None:
         raise UserError(
             f"method {name} subtracts what it learns, and would subtract what a retain term taught too",
             "leave the retain terms out: --set unlearn.0.retain=none",
+        )
+    if job.null_space is not None and not job.retain:
+        raise UserError(
+            "null_space keeps updates out of the way of the retain rows, and there are none",
+            "give some (--retain FILE), or neighbours: --set unlearn.0.neighbours=4",
+        )
+    if job.null_space is not None and job.mask is not None:
+        raise UserError(
+            "null_space spreads an update over all inputs of a layer, and a mask keeps it in a part", "give one of them"
         )
     if job.gradient_projection and not job.reads_retain:
         raise UserError(

@@ -28,6 +28,7 @@ from expunge.models.reference import ReferenceCache
 from expunge.pipeline.clock import Clock
 from expunge.pipeline.gradients import two_sided
 from expunge.pipeline.masked import Masked
+from expunge.pipeline.null_space import NullSpace, ProjectedAdamW
 from expunge.pipeline.plan import MicroBatch, Plan
 from expunge.recipe import TrainConfig
 
@@ -114,6 +115,7 @@ class Loss:
 class UnlearnTrainer(Trainer):
     """Objective + retain terms; with no objective it fine-tunes on the retain side."""
 
+    optimizer: Any
     # the plan's totals already normalise over micro-batches
     loss_is_scaled_for_ga = True
 
@@ -127,8 +129,9 @@ class UnlearnTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         masked: Masked | None = None,
         clock: Clock | None = None,
+        null_space: NullSpace | None = None,
     ) -> None:
-        self.loss, self.masked = loss, masked
+        self.loss, self.masked, self.null_space = loss, masked, null_space
         self.clock = clock or Clock(None, loss.memory.numbers)
         self.data = data
         self.sums: dict[str, Tensor] = {}
@@ -240,9 +243,13 @@ class UnlearnTrainer(Trainer):
         return self.lr_scheduler
 
     def create_optimizer(self, *given: Any) -> Any:
-        """AdamW; with a mask, its weight decay acts inside alone."""
+        """AdamW; with a mask, its weight decay acts inside alone; with a null space, its steps stay in there."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*given)
+        if fresh and self.null_space is not None:
+            kept = ("params", "weight_decay", "lr", "betas", "eps")
+            groups = [{name: group[name] for name in kept} for group in optimizer.param_groups]
+            optimizer = self.optimizer = ProjectedAdamW(groups, self.null_space)
         if fresh and self.masked is not None:
             self.masked.take_over_decay(optimizer)
         return optimizer

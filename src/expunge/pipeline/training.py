@@ -33,6 +33,7 @@ from expunge.pipeline.clock import Clock
 from expunge.pipeline.job import Job, check_terms, prepare_parameters
 from expunge.pipeline.keeping import scale_down
 from expunge.pipeline.masked import Masked, reset_weights
+from expunge.pipeline.null_space import NullSpace
 from expunge.pipeline.plan import Plan
 from expunge.pipeline.processes import process_count, process_rank
 from expunge.pipeline.stopping import OnLook, Stopping, load_trained_state, trained_state
@@ -143,9 +144,10 @@ def _fit(job: Job, model: nn.Module, loaded: Loaded, work: Path, watchers: Watch
     checkpoint = _last_checkpoint(work / "checkpoints")
     if checkpoint is not None:
         memory.numbers.update(remembered(Path(checkpoint)))
+    null_space = _null_space(job, model, half)
     clock = Clock(60 * job.train.minutes if job.train.minutes else None, memory.numbers, began)
     callbacks = [stopping, *watchers.callbacks]
-    trainer = UnlearnTrainer(model, data, arguments, loss, watchers.on_step, callbacks, masked, clock)
+    trainer = UnlearnTrainer(model, data, arguments, loss, watchers.on_step, callbacks, masked, clock, null_space)
     _check_sharding(job, trainer.accelerator.distributed_type.value)
     try:
         with disk_errors(work):
@@ -209,6 +211,16 @@ def _shifted(watchers: Watchers, before: int) -> Watchers:
     return dataclasses.replace(watchers, on_step=on_step)
 
 
+def _null_space(job: Job, model: nn.Module, half: bool) -> NullSpace | None:
+    """What keeps updates out of the way of the retain rows, from the start model; None where it is not asked for."""
+    if job.null_space is None:
+        return None
+    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=half):
+        made = NullSpace(model, job.retain, job.null_space)
+    made.begin(model)
+    return made
+
+
 def _check_sharding(job: Job, kind: str) -> None:
     """Raises UserError for what needs whole parameters or gradients where each process holds a part of them."""
     weights = isinstance(job.objective, WeightObjective)
@@ -216,6 +228,7 @@ def _check_sharding(job: Job, kind: str) -> None:
         "sam": job.sam,
         "gradient_projection": job.gradient_projection,
         "stop_when": job.stop_when,
+        "null_space": job.null_space,
         "keep": job.keep is not None,
         "a mask": job.mask is not None and job.lora is None,  # with adapters it only says where they go
         "it": weights,

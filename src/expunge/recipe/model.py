@@ -246,6 +246,11 @@ class UnlearnConfig(Frozen):
     gradient_projection: bool = Field(
         False, description="the forget gradient loses what points against the retain gradient"
     )
+    null_space: Positive | None = Field(
+        None,
+        description="updates of linear layers keep out of input directions that retain rows use; one that is used this "
+        "many times the usual is moved half as far, e.g. 3",
+    )
     stop_when: Annotated[list[StopRule], BeforeValidator(_rules_from_one)] = Field(
         default_factory=list,
         description="rules such as {metric: perplexity, above: holdout} that end training; the best look is kept",

@@ -150,6 +150,8 @@ def switches(entry: UnlearnConfig) -> list[str]:
         found.append(f"sharpness-aware forget gradient (radius {compact(entry.sam)})")
     if entry.gradient_projection:
         found.append("forget gradient without what opposes the retain gradient")
+    if entry.null_space is not None:
+        found.append(f"updates outside the directions that retain rows use (null space, {compact(entry.null_space)})")
     if entry.keep is not None:
         found.append(f"scaled down until held-out retain rows keep {percent(entry.keep)} of their strength")
     found += [f"stops when {rule} (looked at every {plural(rule.every, 'step')})" for rule in entry.stop_when]

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from math import ceil, sqrt
-
-from torch import nn
 
 from expunge.data.encode import Encoded
 
@@ -59,18 +56,6 @@ def generation_batches(rows: Sequence[Encoded], batch_size: int) -> list[list[in
     for part in _chunks(order, strip):
         arranged.extend(sorted(part, key=lambda i: (-rows[i].prompt_tokens, i)))
     return list(_chunks(arranged, batch_size))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in eval mode (no dropout); afterwards every module is as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _chunks(items: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from expunge.data.collate import Batch, pad_right
 from expunge.data.encode import Encoded
-from expunge.models.forward import decoder_layers, first_tensor, resumed, supervised_head
+from expunge.models.forward import decoder_layers, evaluating, first_tensor, resumed, supervised_head
 from expunge.models.token_logprobs import token_logprobs
-from expunge.scoring.batches import evaluating
 from expunge.scoring.tables import LAYERS
 
 _BATCH = 8

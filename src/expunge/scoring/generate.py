@@ -25,8 +25,8 @@ from transformers import (
 from expunge.data.collate import pad_left_prompts
 from expunge.data.encode import Encoded
 from expunge.errors import UserError
-from expunge.models.forward import unwrap
-from expunge.scoring.batches import evaluating, generation_batches
+from expunge.models.forward import evaluating, unwrap
+from expunge.scoring.batches import generation_batches
 from expunge.scoring.decoding import Decoding, join_prompts
 from expunge.scoring.prefix import SharedPrefix, shared_prefix, window
 from expunge.scoring.shared_prompts import Prompts, continues_prompts, read_prompts

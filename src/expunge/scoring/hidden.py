@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from expunge.data.collate import pad_right
 from expunge.data.encode import Encoded
-from expunge.models.forward import capture_layer, decoder_layers, supervised_head
-from expunge.scoring.batches import evaluating
+from expunge.models.forward import capture_layer, decoder_layers, evaluating, supervised_head
 
 
 def norm_profile(

@@ -18,8 +18,8 @@ from expunge.data.collate import pad_right
 from expunge.data.encode import Encoded
 from expunge.data.spans import ENTITIES, entity_mask
 from expunge.errors import UserError
-from expunge.models.forward import capture_head_input, supervised_head, unwrap
-from expunge.scoring.batches import evaluating, scoring_batches
+from expunge.models.forward import capture_head_input, evaluating, supervised_head, unwrap
+from expunge.scoring.batches import scoring_batches
 from expunge.scoring.divergence import TargetStates, divergence_table, divergences, incomparable
 from expunge.scoring.prefix import Beginning
 from expunge.scoring.shared_prompts import beginnings

@@ -8,7 +8,7 @@ ridge. Inputs are those of both models, the injected one, where the fit begins, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from expunge.data.collate import pad_right
 from expunge.data.encode import Encoded
 from expunge.localize.masks import Mask
-from expunge.models.forward import supervised_head
+from expunge.models import moments as inputs
 from expunge.models.quantization import linear_weights
-from expunge.scoring.batches import evaluating
 
 #: Parameter name → columns of its matrix.
 Columns = Mapping[str, Int[Tensor, " k"]]
@@ -59,35 +57,10 @@ def union(*regions: Columns) -> dict[str, Int[Tensor, " k"]]:
 def second_moments(
     model: nn.Module, rows: Sequence[Encoded], chosen: Columns, batch_size: int, tick: Callable[[int], None]
 ) -> dict[str, Float[Tensor, "k k"]]:
-    """Per parameter Σ_t m_t m_tᵀ of the coefficients of its chosen columns, over every token of the rows, float64."""
+    """Per parameter the second moments of the coefficients of its chosen columns, over every token of the rows."""
     linear = linear_weights(model)
-    found = {name: torch.zeros(len(own), len(own), dtype=torch.float64) for name, own in chosen.items()}
-    device = next(model.parameters()).device
-    present: list[Tensor] = []
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        own = chosen[name].to(device)
-
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            taken = args[0][present[-1]][:, own].double()
-            found[name] += (taken.T @ taken).cpu()
-
-        return hook
-
-    order = sorted(range(len(rows)), key=lambda place: (-len(rows[place].input_ids), place))
-    nowhere = torch.zeros(0, dtype=torch.int64)  # no logits are wanted
-    with torch.inference_mode(), evaluating(model), ExitStack() as stack:
-        stack.enter_context(supervised_head(model, nowhere))
-        for name in chosen:
-            handle = linear[name].module.register_forward_pre_hook(watch(name))
-            stack.callback(handle.remove)
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            batch = pad_right([rows[i] for i in part], part, 0).to(device)
-            present.append(batch.attention_mask.bool())
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            tick(len(part))
-    return found
+    inlets = {name: inputs.Inlet(linear[name].module, own) for name, own in chosen.items()}
+    return inputs.second_moments(model, rows, inlets, batch_size, tick)
 
 
 def solve(
