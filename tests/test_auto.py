@@ -11,7 +11,7 @@ import yaml
 from expunge import api
 from expunge.errors import UserError
 from expunge.methods.erase import Erase, log_odds
-from expunge.pipeline.auto import decided
+from expunge.pipeline.auto import FLOOR, Given, decided
 from expunge.recipe import Recipe
 from expunge.report.provenance import switches
 from method_cases import FORGET_TOKENS, SIDES, outputs
@@ -21,23 +21,25 @@ from test_unlearn_entries import recipe
 FAST = {"epochs": 1, "lr": 1e-3, "precision": "float32"}
 
 
-def written(entry, forget_rows=4, **beside):
+def written(entry, forget_rows=4, given=None, **beside):
     made = Recipe.model_validate(
         {"model": "tiny", "data": {"forget": "f.jsonl"}, "unlearn": [{"method": "auto", **entry}], **beside}
     )
-    return decided(made, forget_rows)
+    return decided(made, given or Given(forget_rows))
 
 
 @pytest.mark.parametrize(
     ("entry", "beside", "wanted"),
     [
-        ({}, {}, {"method": "erase", "neighbours": 4, "tokens.model": "strangers", "train.lr": 5e-5, "retain.kl": 2.0}),
+        ({}, {}, {"method": "erase", "neighbours": 4, "tokens.model": "strangers", "train.lr": 2e-4, "retain.kl": 2.0}),
         ({}, {"reference": "r"}, {"tokens.by": "knowledge", "tokens.model": "reference"}),
         ({}, {"prepare": {}}, {"tokens.by": "knowledge", "tokens.model": "original"}),
         ({"tokens": "entity"}, {"reference": "r"}, {"tokens.by": "entity"}),
         ({"neighbours": 1, "retain": "kl"}, {}, {"neighbours": 1, "retain.kl": 1.0}),
         ({"train": {"lr": 3e-4}}, {}, {"train.lr": 3e-4, "train.schedule": "linear"}),
-        ({"lora": 8}, {}, {"train.lr": 3e-4, "lora.rank": 8}),
+        ({"lora": 8}, {}, {"train.lr": 3e-4, "lora.rank": 8, "null_space": None}),
+        ({}, {"localize": {"by": "magnitude"}}, {"null_space": None}),
+        ({}, {}, {"parameters": FLOOR, "null_space": 3.0, "keep": None}),
         ({"parameters": {"depth": 1}}, {}, {"parameters": {"depth": 1}}),
     ],
     ids=str,
@@ -61,9 +63,20 @@ def test_length_and_strangers_follow_the_number_of_rows(rows, epochs, neighbours
     assert (entry.train.epochs, entry.neighbours) == (epochs, neighbours)
 
 
+@pytest.mark.parametrize(
+    ("given", "rate", "keep"),
+    [(Given(4), 2e-4, None), (Given(4, 40, 135_000_000), 2e-4, 0.95), (Given(4, 400, 7_000_000_000), 2.8e-5, 0.95),
+     (Given(4, 39, 1_000), 2e-4, None)],
+    ids=str,
+)  # fmt: skip
+def test_rate_and_what_stays_follow_the_model_and_the_retain_rows(given, rate, keep):
+    entry = written({}, given=given)[0].unlearn[0]
+    assert (entry.train.lr, entry.keep) == (rate, keep)
+
+
 def test_other_methods_are_left_alone():
     made = Recipe.model_validate({"model": "tiny", "data": {"forget": "f.jsonl"}, "unlearn": [{"method": "npo"}]})
-    assert decided(made, 4) == (made, [])
+    assert decided(made, Given(4)) == (made, [])
 
 
 def test_floors_stand_below_what_ignorance_gives():

@@ -27,6 +27,14 @@ def harmonic_mean(values: Iterable[float | None]) -> float | None:
     return 0.0 if min(given) == 0 else len(given) / sum(1 / value for value in given)
 
 
+def rate_for_size(rate: float, measured: float, parameters: float) -> float:
+    """A learning rate found on a model of `measured` parameters, for one of another size, to two digits.
+
+    Adam's best rate falls as 1 / width (arXiv:2203.03466), and parameters grow as width² at a given depth.
+    """
+    return float(f"{rate * math.sqrt(measured / parameters):.1e}")
+
+
 def auc_error(members: int, others: int) -> float:
     """Standard error of the area under the ROC curve when nothing tells the two apart: that of the rank sum."""
     return math.sqrt((members + others + 1) / (12 * members * others))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from expunge.numbers import rate_for_size
 from expunge.recipe import STRANGERS, Recipe, UnlearnConfig
 
 NAME = "auto"
@@ -18,20 +20,37 @@ EACH, NEIGHBOURS = 4, 120
 KEEP, ENOUGH = 0.95, 40
 
 
-def decided(recipe: Recipe, forget_rows: int, retain_rows: int = 0) -> tuple[Recipe, list[str]]:
+#: Rates, and the size of the model that they were found on; larger models get smaller ones.
+RATE, ADAPTER_RATE, SIZE = 2e-4, 3e-4, 135e6
+#: Where the floors of tokens are (see `erase`), and how far updates keep out of what retain rows use.
+FLOOR = {"ceiling": -4.0, "bottom": -30.0, "depth": 6.0}
+NULL_SPACE = 3.0
+
+
+@dataclass(frozen=True)
+class Given:
+    """What there is to choose by."""
+
+    forget_rows: int
+    retain_rows: int = 0
+    parameters: int = 0  # of the model; 0: not known
+
+
+def decided(recipe: Recipe, given: Given) -> tuple[Recipe, list[str]]:
     """The recipe with every `auto` entry written out, and a sentence on each; what an entry says itself stays."""
     entries, reasons = [], []
     for entry in recipe.unlearn:
         if entry.method == NAME:
-            found, why = _entry(entry, recipe, forget_rows, retain_rows)
+            found, why = _entry(entry, recipe, given)
             entry = found
             reasons.append(f"{entry.name}: auto is {why}")
         entries.append(entry)
     return (recipe.model_copy(update={"unlearn": entries}) if reasons else recipe), reasons
 
 
-def _entry(entry: UnlearnConfig, recipe: Recipe, forget_rows: int, retain_rows: int) -> tuple[UnlearnConfig, str]:
-    lacking = _lacking(recipe)
+def _entry(entry: UnlearnConfig, recipe: Recipe, given: Given) -> tuple[UnlearnConfig, str]:
+    lacking, forget_rows = _lacking(recipe), given.forget_rows
+    rate = RATE if entry.lora is None else ADAPTER_RATE
     batch = min(BATCH, max(forget_rows, 1))
     epochs = max(PASSES, ceil(STEPS * batch / max(forget_rows, 1)))
     each = max(1, min(EACH, ceil(NEIGHBOURS / max(forget_rows, 1))))
@@ -42,16 +61,20 @@ def _entry(entry: UnlearnConfig, recipe: Recipe, forget_rows: int, retain_rows: 
         "train": {
             "epochs": epochs,
             "batch_size": batch,
-            "lr": 5e-5 if entry.lora is None else 3e-4,
+            "lr": rate_for_size(rate, SIZE, max(given.parameters, SIZE)),
             "schedule": "linear",
             "warmup": 0.07,
         },
     }
-    if retain_rows >= ENOUGH:
+    if entry.lora is None and recipe.localize is None:
+        chosen["null_space"] = NULL_SPACE
+    if given.retain_rows >= ENOUGH:
         chosen["keep"] = KEEP
+    if not {"ceiling", "bottom", "depth"} & set(entry.parameters):
+        chosen["parameters"] = FLOOR
     chosen["tokens"] = {"by": "knowledge", "model": lacking}
-    given = entry.model_dump(exclude_unset=True)
-    made = UnlearnConfig.model_validate(_over(chosen, given) | {"method": "erase"})
+    said = entry.model_dump(exclude_unset=True)
+    made = UnlearnConfig.model_validate(_over(chosen, said) | {"method": "erase"})
     return made, _sentence(made)
 
 
@@ -78,10 +101,11 @@ def _sentence(entry: UnlearnConfig) -> str:
         tokens = f"on the tokens that surprise {without}"
     else:
         tokens = f"on {entry.tokens.by} tokens"
+    guarded = "" if entry.null_space is None else "; updates keep out of the directions that these rows use"
     held = f"; scaled down until held-out retain rows keep {entry.keep:.0%} of their strength" if entry.keep else ""
     beside = f"{entry.neighbours} strangers beside each forget row" if entry.neighbours else "no strangers"
     return (
-        f"erase {tokens}; retain rows and {beside} answered as before (KL × {entry.retain.kl:g}); "
+        f"erase {tokens}; retain rows and {beside} answered as before (KL × {entry.retain.kl:g}){guarded}; "
         f"learning rate {entry.train.lr:g}, {entry.train.epochs:g} epochs of {entry.train.batch_size} + "
         f"{entry.retain_batch} rows{held}"
     )

@@ -26,6 +26,13 @@ class Candidate:
     tokenizer: Any
 
     @property
+    def parameters(self) -> int:
+        """How many it has; of a GGUF file a guess, by its size at about four bits each."""
+        if self.skeleton is None:
+            return 2 * resolve_folder(self.config.id, self.config.revision).stat().st_size
+        return sum(parameter.numel() for parameter in self.skeleton.parameters())
+
+    @property
     def context(self) -> int | None:
         """Tokens that the model can see at once; None where its config does not say."""
         if self.skeleton is None:

@@ -18,7 +18,7 @@ from expunge.localize.masks import Mask
 from expunge.merging.plan import plan_merge
 from expunge.methods.base import Objective, build_objective
 from expunge.pipeline.asked import Asked, ask, exam_of
-from expunge.pipeline.auto import decided
+from expunge.pipeline.auto import Given, decided
 from expunge.pipeline.entries import Beside, beside, check_entry, prepare_jobs, unlearn_job
 from expunge.pipeline.job import Job
 from expunge.pipeline.localize_check import check_recipe as check_localize
@@ -75,9 +75,10 @@ def resolve(recipe: Recipe) -> Resolved:
             return None
 
     splits = attempt(load_splits, recipe.data, recipe.seed)
-    counts = {split.name: len(split) for split in splits} if splits is not None else {}
-    recipe, decisions = decided(recipe, counts.get("forget", 1), counts.get("retain", 0))
     model = attempt(open_candidate, recipe.model)
+    counts = {split.name: len(split) for split in splits} if splits is not None else {}
+    parameters = model.parameters if model is not None else 0
+    recipe, decisions = decided(recipe, Given(counts.get("forget", 1), counts.get("retain", 0), parameters))
     for role, config in _others(recipe) if model is not None else []:
         attempt(check_same_tokens, model, config, role)
     tokenizer = model.tokenizer if model is not None else None

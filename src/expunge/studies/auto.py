@@ -119,7 +119,7 @@ def _rivals(ground: Ground, options: Auto) -> Iterable[Entrant]:
 
 def _written(ground: Ground, options: Auto, entrant: Entrant) -> UnlearnConfig:
     """The entry of an entrant: what `auto` writes out for these rows, or the rivals' own."""
-    from expunge.pipeline.auto import decided
+    from expunge.pipeline.auto import Given, decided
     from expunge.recipe import UnlearnConfig
 
     seed = ground.whole.recipe.seed
@@ -129,8 +129,9 @@ def _written(ground: Ground, options: Auto, entrant: Entrant) -> UnlearnConfig:
     said = {key: value for key, value in entrant.entry.items() if key != "method"}
     asked = {"name": entrant.name, "method": AUTO, "keep": options.share, "seed": seed, **said}
     recipe = ground.whole.recipe.model_copy(update={"unlearn": [UnlearnConfig.model_validate(asked)]})
-    counts = (len(ground.resolved.rows[name]) for name in ("forget", "retain"))
-    made = decided(recipe, *counts)[0].unlearn[0]
+    rows = ground.resolved.rows
+    given = Given(len(rows["forget"]), len(rows["retain"]), ground.parameters)
+    made = decided(recipe, given)[0].unlearn[0]
     if objective is not None:
         made = made.model_copy(update={"method": objective, "parameters": layer_setting(ground, objective)})
     bounds = [steps for steps in (made.train.max_steps, options.steps) if steps is not None]

@@ -11,24 +11,27 @@ from expunge.pipeline.auto import NAME as AUTO
 #: The rule's own choice; what else is tried differs from it in one thing each.
 DEFAULT = "default"
 
-_DEEP = {"ceiling": -4.0, "bottom": -30.0, "depth": 6.0}
+_SHALLOW = {"ceiling": -3.0, "bottom": -3.0, "depth": 0.0}
 
 #: Variation → what an entry says beside `method: auto`: floor, tokens, matrices, schedule, wrappers, objective.
 VARIATIONS: Mapping[str, Mapping[str, Any]] = {
     DEFAULT: {},
-    "deep": {"parameters": _DEEP},
-    "middle": {"parameters": {"ceiling": -6.0, "bottom": -6.0}},
+    "shallow": {"parameters": _SHALLOW},
+    "free": {"null_space": None},
+    "free-slow": {"null_space": None, "train": {"lr": 5e-5}},
+    "free-slow-shallow": {"null_space": None, "parameters": _SHALLOW, "train": {"lr": 5e-5}},
+    "slow": {"train": {"lr": 5e-5}},
+    "fast": {"train": {"lr": 4e-4}},
+    "harder": {"null_space": 0.3},
+    "softer": {"null_space": 30.0},
     "every-token": {"tokens": "all"},
     "no-strangers": {"neighbours": None},
-    "down-proj": {"trainable": [r"\.mlp\.down_proj\."], "train": {"lr": 1.5e-4}},
+    "down-proj": {"trainable": [r"\.mlp\.down_proj\."], "train": {"lr": 4e-4}},
     "half-length": {"train": {"max_steps": 36}},
-    "slow": {"train": {"lr": 2e-5}},
     "constant": {"train": {"schedule": "constant"}},
     "strong-keep": {"retain": {"nll": 0.0, "kl": 8.0}},
     "sharpness-aware": {"sam": 0.01},
-    "deep-sharpness-aware": {"parameters": _DEEP, "sam": 0.01},
     "projected": {"gradient_projection": True},
-    "deep-projected": {"parameters": _DEEP, "gradient_projection": True},
     "npo": {"method": "npo"},
     "wga": {"method": "wga"},
     "states": {"method": "adaptive_rmu", "tokens": "all"},

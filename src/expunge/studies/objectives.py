@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from expunge.errors import UserError, did_you_mean
+from expunge.numbers import rate_for_size
 from expunge.studies.base import Names, Numbers, StudyOptions, study
 from expunge.studies.objectives_page import JUDGED, SUMMARY, VALIDATION, Found, document, rate_text
 from expunge.studies.rules import Choice, Measured, choose
@@ -98,12 +98,8 @@ def published_rates(rates: Sequence[float]) -> list[float]:
 
 
 def scaled_rate(rate: float, parameters: int, adapters: bool) -> float:
-    """A published rate for a model of another size, to two digits: times √(7e9 / parameters), and ×10 for adapters.
-
-    Adam's best rate falls as 1 / width (arXiv:2203.03466), and parameters grow as width² at a given depth.
-    """
-    scaled = rate * math.sqrt(PUBLISHED_SIZE / parameters) * (ADAPTERS if adapters else 1.0)
-    return float(f"{scaled:.1e}")
+    """A published rate for a model of another size (see `rate_for_size`), and ×10 for adapters."""
+    return rate_for_size(rate * (ADAPTERS if adapters else 1.0), PUBLISHED_SIZE, parameters)
 
 
 def _grid(ground: Ground, options: Objectives) -> tuple[dict[str, dict[float, Planned]], dict[str, str]]:
