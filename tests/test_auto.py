@@ -11,7 +11,7 @@ import yaml
 from expunge import api
 from expunge.errors import UserError
 from expunge.methods.erase import Erase, log_odds
-from expunge.pipeline.auto import FLOOR, Given, decided
+from expunge.pipeline.auto import Given, decided
 from expunge.recipe import Recipe
 from expunge.report.provenance import switches
 from method_cases import FORGET_TOKENS, SIDES, outputs
@@ -39,7 +39,7 @@ def written(entry, forget_rows=4, given=None, **beside):
         ({"train": {"lr": 3e-4}}, {}, {"train.lr": 3e-4, "train.schedule": "linear"}),
         ({"lora": 8}, {}, {"train.lr": 3e-4, "lora.rank": 8, "null_space": None}),
         ({}, {"localize": {"by": "magnitude"}}, {"null_space": None}),
-        ({}, {}, {"parameters": FLOOR, "null_space": 3.0, "keep": None}),
+        ({}, {}, {"parameters": {}, "null_space": 3.0, "keep": None}),
         ({"parameters": {"depth": 1}}, {}, {"parameters": {"depth": 1}}),
     ],
     ids=str,

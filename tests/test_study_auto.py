@@ -105,7 +105,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 def run(folder: Path) -> Any:
     given = {
-        "benchmark": "fictitious:40", "variations": "shallow", "rivals": "npo", "rates": "1e-3", "epochs": "2",
+        "benchmark": "fictitious:40", "variations": "deep", "rivals": "npo", "rates": "1e-3", "epochs": "2",
         "steps": "8", "report": "7", "parameters": "relearn.steps=2,relearn.looks=1,quantize.schemes=[nf4]",
     }  # fmt: skip
     return api.study("auto", model="tiny", output=folder, overrides=TAUGHT, quiet=True, **given)
@@ -114,7 +114,7 @@ def run(folder: Path) -> Any:
 def test_a_whole_study_reports_on_other_people(whole: tuple[Path, Any]):
     folder, result = whole
     found = result.document.results
-    assert [one["name"] for one in found["tried"]] == ["auto-default", "auto-shallow", "npo-lr1e-3"]
+    assert [one["name"] for one in found["tried"]] == ["auto-default", "auto-deep", "npo-lr1e-3"]
     assert {one["people"] for one in found["reported"]} == {7}
     assert {label for one in found["tried"] for label in one["attacks"]} == {"relearn 2steps", "quantize nf4"}
     target, model = (

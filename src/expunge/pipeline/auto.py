@@ -22,8 +22,7 @@ KEEP, ENOUGH = 0.95, 40
 
 #: Rates, and the size of the model that they were found on; larger models get smaller ones.
 RATE, ADAPTER_RATE, SIZE = 2e-4, 3e-4, 135e6
-#: Where the floors of tokens are (see `erase`), and how far updates keep out of what retain rows use.
-FLOOR = {"ceiling": -4.0, "bottom": -30.0, "depth": 6.0}
+#: How far updates keep out of what retain rows use.
 NULL_SPACE = 3.0
 
 
@@ -70,8 +69,6 @@ def _entry(entry: UnlearnConfig, recipe: Recipe, given: Given) -> tuple[UnlearnC
         chosen["null_space"] = NULL_SPACE
     if given.retain_rows >= ENOUGH:
         chosen["keep"] = KEEP
-    if not {"ceiling", "bottom", "depth"} & set(entry.parameters):
-        chosen["parameters"] = FLOOR
     chosen["tokens"] = {"by": "knowledge", "model": lacking}
     said = entry.model_dump(exclude_unset=True)
     made = UnlearnConfig.model_validate(_over(chosen, said) | {"method": "erase"})

@@ -36,6 +36,7 @@ class Examined:
     outcomes: Mapping[str, Outcome]
     scale: float | None
     attacks: Standings
+    seconds: float = 0.0  # of its training
 
     @property
     def own(self) -> Outcome:
@@ -62,6 +63,12 @@ class Examined:
     def share_of(self, variant: str) -> float:
         """Part of the target's strength on unseen rows that a yardstick has."""
         return (self.of(variant, JUDGED) or 0.0) / (self.of("target", JUDGED) or 1.0)
+
+    @property
+    def worst(self) -> float | None:
+        """Its strength under the attack that leaves it farthest above the reference, or highest without one."""
+        pairs = self.attacks.values()
+        return max(pairs, key=lambda pair: pair[0] - (pair[1] or 0.0))[0] if pairs else None
 
     @property
     def margin(self) -> float | None:
@@ -159,7 +166,7 @@ def _plain(found: Examined) -> dict[str, object]:
         "kept": found.kept,
         "margin": found.margin,
         "attacks": {label: list(pair) for label, pair in found.attacks.items()},
-        "seconds": found.own.seconds,
+        "seconds": found.seconds,
     }
 
 
@@ -229,7 +236,7 @@ def _table(groups: Mapping[str, Sequence[Examined]], best: str, title: str) -> T
             _cell(found, lambda f: f.kept, share=True),
             *(_cell(found, methodcaller("under", label)) for label in labels),
             _cell(found, lambda f: f.margin),
-            _cell(found, lambda f: f.own.seconds),
+            _cell(found, lambda f: f.seconds),
         ]
         rows.append(TableRow(cells=cells, role="result" if name == best else "specialist"))
     some = list({found.people: found for group in groups.values() for found in group}.values())
@@ -248,13 +255,14 @@ def _table(groups: Mapping[str, Sequence[Examined]], best: str, title: str) -> T
 def _report(final: Sequence[Examined], options: Auto, others: bool) -> Section:
     groups = _grouped(final)
     seeds = len({found.people for found in final})
+    attacked = any(found.attacks for found in final)
     words = f"Mean ± standard deviation over the people of {plural(seeds, 'seed')}" if others else "One set of people"
     return Section(
         title="On other people" if others else "What was chosen",
         lead="Strengths are extraction strength. The choice had been made before these people were looked at."
         if others
         else "Strengths are extraction strength; unseen rows chose nothing.",
-        figures=[_plane(groups, options)],
+        figures=[_plane(groups, options, False), *([_plane(groups, options, True)] if attacked else [])],
         tables=[_table(groups, next(iter(groups)), words)],
     )
 
@@ -268,26 +276,40 @@ def _search(tried: Sequence[Examined], chosen: Sequence[Examined], options: Auto
     )
 
 
-def _plane(groups: Mapping[str, Sequence[Examined]], options: Auto) -> Plane:
-    first, measured, spots = next(iter(groups)), {}, []
-    for name, found in groups.items():
-        x, y = _mean(found, _forget) or 0.0, _mean(found, lambda f: f.own[JUDGED]) or 0.0
-        measured[name] = Measured(x, y)
-        spots.append(Spot(name=name, role="result" if name == first else "specialist", x=x, y=y))
-    some = [found[0] for found in groups.values()][:1]
+def _plane(groups: Mapping[str, Sequence[Examined]], options: Auto, attacked: bool) -> Plane:
+    """Means over people, as the models are or under their worst attacks, against what unseen rows keep."""
+    read = (lambda f: f.worst) if attacked else _forget
+    first = next(iter(groups))
+    measured = {
+        name: Measured(_mean(found, read) or 0.0, _mean(found, lambda f: f.own[JUDGED]) or 0.0)
+        for name, found in groups.items()
+    }
+    spots = [
+        Spot(name=name, role="result" if name == first else "specialist", x=found.forget, y=found.kept)
+        for name, found in measured.items()
+    ]
     for name in _YARDSTICKS:
-        if name in some[0].outcomes:
-            marks = [_mean(groups[first], methodcaller("of", name, split)) or 0.0 for split in ("forget", JUDGED)]
-            spots.append(Spot(name=name, role=name, x=marks[0], y=marks[1]))
-    target = _mean(groups[first], lambda f: f.of("target", JUDGED)) or 0.0
+        x = _mean(groups[first], methodcaller("of", name, "forget"))
+        if attacked:
+            x = _mean(groups[first], _reference_worst) if name == "reference" else None
+        y = _mean(groups[first], methodcaller("of", name, JUDGED))
+        if x is not None and y is not None:
+            spots.append(Spot(name=name, role=name, x=x, y=y))
+    target = _mean(groups[first], methodcaller("of", "target", JUDGED)) or 0.0
     return Plane(
-        title="Forgetting against keeping",
+        title="After the worst attack" if attacked else "Forgetting against keeping",
         retain_name="unseen retain",
         spots=spots,
         front=pareto_front(measured),
         retain_at_least=options.share * target,
         words=[
-            "Means over people. The upper left corner is ideal; in the shaded field enough is kept on rows that "
+            "The same models, with their forget strength under the attack that brings most back."
+            if attacked
+            else "Means over people. The upper left corner is ideal; in the shaded field enough is kept on rows that "
             "nothing looked at."
         ],
     )
+
+
+def _reference_worst(found: Examined) -> float | None:
+    return max((known for _, known in found.attacks.values() if known is not None), default=None)

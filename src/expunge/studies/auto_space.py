@@ -11,15 +11,16 @@ from expunge.pipeline.auto import NAME as AUTO
 #: The rule's own choice; what else is tried differs from it in one thing each.
 DEFAULT = "default"
 
-_SHALLOW = {"ceiling": -3.0, "bottom": -3.0, "depth": 0.0}
+_DEEP = {"ceiling": -4.0, "bottom": -30.0, "depth": 6.0}
 
 #: Variation → what an entry says beside `method: auto`: floor, tokens, matrices, schedule, wrappers, objective.
 VARIATIONS: Mapping[str, Mapping[str, Any]] = {
     DEFAULT: {},
-    "shallow": {"parameters": _SHALLOW},
+    "deep": {"parameters": _DEEP},
+    "middle": {"parameters": {"ceiling": -5.0, "bottom": -5.0}},
     "free": {"null_space": None},
     "free-slow": {"null_space": None, "train": {"lr": 5e-5}},
-    "free-slow-shallow": {"null_space": None, "parameters": _SHALLOW, "train": {"lr": 5e-5}},
+    "free-slow-deep": {"null_space": None, "parameters": _DEEP, "train": {"lr": 5e-5}},
     "slow": {"train": {"lr": 5e-5}},
     "fast": {"train": {"lr": 4e-4}},
     "harder": {"null_space": 0.3},
@@ -30,7 +31,7 @@ VARIATIONS: Mapping[str, Mapping[str, Any]] = {
     "half-length": {"train": {"max_steps": 36}},
     "constant": {"train": {"schedule": "constant"}},
     "strong-keep": {"retain": {"nll": 0.0, "kl": 8.0}},
-    "sharpness-aware": {"sam": 0.01},
+    "sharpness-aware": {"sam": 0.02},
     "projected": {"gradient_projection": True},
     "npo": {"method": "npo"},
     "wga": {"method": "wga"},
