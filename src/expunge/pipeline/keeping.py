@@ -38,6 +38,11 @@ def scale_down(model: nn.Module, start: ModelConfig, keep: Keep, precision: str)
     return alpha, words
 
 
+def demanded(keep: Keep, whole: float) -> float:
+    """The strength that has to stay of `whole`. Half a row is allowed for: so few rows can't say it finer."""
+    return max(0.0, keep.share * whole - 0.5 / len(keep.rows))
+
+
 def _searched(passes: Passes, keep: Keep) -> tuple[float, str]:
     """The factor, and why it is this one."""
     whole, rows = passes.retain(0.0), plural(len(keep.rows), "held-out retain row")
@@ -46,7 +51,7 @@ def _searched(passes: Passes, keep: Keep) -> tuple[float, str]:
             f"the start model hardly completes {rows} (extraction strength {number(whole)}), so that there is nothing "
             "to hold the update against; it is kept whole"
         )
-    alpha = search(passes.retain, keep.share * whole, EPSILON)
+    alpha = search(passes.retain, demanded(keep, whole), EPSILON)
     left = f"{rows} stay at {number(passes.retain(alpha))} of {number(whole)} (asked: {percent(keep.share)})"
     if alpha == 1:
         return alpha, f"the update is kept whole: {left}"
