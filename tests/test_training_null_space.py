@@ -176,3 +176,7 @@ def test_accumulation_changes_nothing(accumulation: int, tmp_path: Path):
 def test_what_can_not_be_combined(tmp_path: Path):
     with pytest.raises(UserError, match="there are none"):
         run(job("grad_ascent", null_space=1.0, retain=[]), tmp_path)
+    with pytest.raises(UserError, match="none matches embed"):
+        run(job("grad_ascent", null_space=1.0, trainable=["embed"]), tmp_path)
+    with pytest.raises(UserError, match="no parameter matches zzz"):
+        run(job("grad_ascent", null_space=1.0, trainable=["zzz"]), tmp_path)

@@ -181,9 +181,8 @@ def _chosen(model: nn.Module, job: Job) -> set[str] | None:
     patterns = job.trainable
     if patterns is None and job.objective is not None:
         patterns = own_parameters(model, job.objective)
-    if job.null_space is not None:  # nothing that it can't guard
-        linear = linear_weights(model)
-        return {name for name in linear if patterns is None or any(re.search(p, name) for p in patterns)}
+    if patterns is None and job.null_space is not None:
+        return set(linear_weights(model))  # nothing that it can't guard
     if patterns is None:
         return None if job.mask is None else set(job.mask.bound(model))
     matching = {name for name, _ in model.named_parameters() if any(re.search(p, name) for p in patterns)}
@@ -192,6 +191,14 @@ def _chosen(model: nn.Module, job: Job) -> set[str] | None:
             f"no parameter matches {', '.join(patterns)}",
             "patterns are regular expressions on names such as model.layers.7.mlp.down_proj.weight",
         )
+    if job.null_space is not None:
+        guarded = matching & set(linear_weights(model))
+        if not guarded:
+            raise UserError(
+                f"null_space guards weights of linear layers, and none matches {', '.join(patterns)}",
+                "leave null_space out: --set unlearn.0.null_space=null",
+            )
+        return guarded
     chosen = matching if job.mask is None else matching & set(job.mask.bound(model))
     if not chosen and job.trainable is not None:
         raise UserError(

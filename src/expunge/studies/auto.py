@@ -167,9 +167,8 @@ def _examined(ground: Ground, options: Auto, entrants: Sequence[Entrant], attack
             dict(ground.outcomes),
             _scale(ground, name),
             _standings(record, name, first=name == next(iter(models))),
-            variant.seconds,
         )
-        for name, (entrant, variant) in models.items()
+        for name, (entrant, _) in models.items()
     ]
 
 

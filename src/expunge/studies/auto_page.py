@@ -36,7 +36,6 @@ class Examined:
     outcomes: Mapping[str, Outcome]
     scale: float | None
     attacks: Standings
-    seconds: float = 0.0  # of its training
 
     @property
     def own(self) -> Outcome:
@@ -166,7 +165,7 @@ def _plain(found: Examined) -> dict[str, object]:
         "kept": found.kept,
         "margin": found.margin,
         "attacks": {label: list(pair) for label, pair in found.attacks.items()},
-        "seconds": found.seconds,
+        "seconds": found.own.seconds,
     }
 
 
@@ -225,7 +224,7 @@ def _table(groups: Mapping[str, Sequence[Examined]], best: str, title: str) -> T
         Column(label="Unseen kept", arrow="↑", hint="part of the target's strength on rows that nothing looked at"),
         *(Column(label=human(label), arrow="↓", hint="strength on the forget rows then") for label in labels),
         Column(label="Worst margin", arrow="↓", hint="largest distance to the reference under any attack"),
-        Column(label="Seconds", hint="training"),
+        Column(label="Seconds", hint="training and scoring"),
     ]
     rows = []
     for name, found in groups.items():
@@ -236,7 +235,7 @@ def _table(groups: Mapping[str, Sequence[Examined]], best: str, title: str) -> T
             _cell(found, lambda f: f.kept, share=True),
             *(_cell(found, methodcaller("under", label)) for label in labels),
             _cell(found, lambda f: f.margin),
-            _cell(found, lambda f: f.seconds),
+            _cell(found, lambda f: f.own.seconds),
         ]
         rows.append(TableRow(cells=cells, role="result" if name == best else "specialist"))
     some = list({found.people: found for group in groups.values() for found in group}.values())

@@ -210,7 +210,8 @@ class Ground:
 
         made = self.trained(trial, f"zoo/{trial.name}")
         if made is not None:
-            self._told(run_trial(self._inner(trial), trial.name, made, self.rows), trial)
+            scored = run_trial(self._inner(trial), trial.name, made, self.rows)
+            self._told(replace(scored, seconds=scored.seconds + made.seconds), trial)
         return made
 
     def trained(self, trial: Planned, place: str, recorder: Recorder | None = None) -> Variant | None:
