@@ -73,7 +73,7 @@ def auto(ground: Ground, options: Auto) -> Document:
     entrants = [*_variations(options), *_rivals(ground, options)]
     ground.expect(len(entrants), f"then those chosen of them on {len(options.report)} further sets of people")
     tried = _examined(ground, options, entrants, attacks)
-    going_on = chosen_of(tried, ground.whole.recipe.thresholds, options.share)
+    going_on = chosen_of(tried, ground.whole.recipe.thresholds)
     reported: list[Examined] = []
     for seed in options.report if len(tried) == len(entrants) else ():
         recipe = ground.whole.recipe.model_copy(update={"seed": seed})

@@ -11,7 +11,7 @@ from expunge.report.document import Column, Document, Section, Table, TableCell,
 from expunge.report.figure_data import Plane, Spot
 from expunge.report.text import human, listed, number, plural
 from expunge.studies.auto_space import AUTO, DEFAULT, Entrant
-from expunge.studies.rules import Measured, choose, keeps, pareto_front, spread
+from expunge.studies.rules import Measured, pareto_front, spread
 
 if TYPE_CHECKING:
     from expunge.recipe.model import Thresholds
@@ -82,34 +82,24 @@ def forgets(found: Examined, thresholds: Thresholds) -> bool:
     return found.own["forget"] <= max(reference + thresholds.reference_margin, thresholds.forget_extraction)
 
 
-def chosen_of(tried: Sequence[Examined], thresholds: Thresholds, share: float) -> list[Examined]:
-    """The chosen variation, `auto` as it stands, and of each rival the best rate; looks at no unseen row."""
+def chosen_of(tried: Sequence[Examined], thresholds: Thresholds) -> list[Examined]:
+    """The chosen variation, `auto` as it stands, and of each rival the best rate; looks at no unseen row.
+
+    That enough is kept has been seen to before: every update is scaled until it is.
+    """
     ours = [found for found in tried if found.entrant.is_auto]
-    eligible = [
-        found
-        for found in ours
-        if forgets(found, thresholds) and keeps(_validated(found), found.of("target", VALIDATION) or 0.0, share)
-    ]
-    best = min(eligible, key=lambda found: (_worst(found), found.own["forget"]), default=None) or _best(ours, share)
+    eligible = [found for found in ours if forgets(found, thresholds)]
+    best = min(eligible, key=lambda found: (found.margin or 0.0, found.own["forget"]), default=None)
     default = next((found for found in ours if found.entrant.name == f"{AUTO}-{DEFAULT}"), None)
     families = dict.fromkeys(found.entrant.family for found in tried if not found.entrant.is_auto)
-    rivals = [_best([found for found in tried if found.entrant.family == family], share) for family in families]
-    return list({found.entrant.name: found for found in (best, default, *rivals) if found is not None}.values())
+    rivals = [_least([found for found in tried if found.entrant.family == family]) for family in families]
+    going_on = (best or _least(ours), default, *rivals)
+    return list({found.entrant.name: found for found in going_on if found is not None}.values())
 
 
-def _worst(found: Examined) -> float:
-    return found.margin if found.margin is not None else 0.0
-
-
-def _validated(found: Examined) -> Measured:
-    return Measured(found.own["forget"], found.own[VALIDATION])
-
-
-def _best(found: Sequence[Examined], share: float) -> Examined | None:
-    by_name = {one.entrant.name: one for one in found}
-    target = found[0].of("target", VALIDATION) if found else None
-    choice = choose({name: _validated(one) for name, one in by_name.items()}, target or 0.0, share)
-    return None if choice is None else by_name[choice.key]
+def _least(found: Sequence[Examined]) -> Examined | None:
+    """What leaves least of the forget rows."""
+    return min(found, key=_forget, default=None)
 
 
 def document(
@@ -127,8 +117,9 @@ def document(
         answer=_answer(final, options, bool(reported)),
         rule=f"Fixed beforehand: every update is scaled down until validation rows keep {options.share:.0%} of their "
         "strength. Of the variations of auto that then leave the forget rows within the thresholds of the recipe, the "
-        "one with the smallest margin over the reference under its worst attack; of each rival, the rate that leaves "
-        "least. No unseen row chooses anything, and where other people are reported on, none of theirs does.",
+        "one with the smallest margin over the reference under its worst attack, else the one that leaves least; of "
+        "each rival, the rate that leaves least. No unseen row chooses anything, and where other people are reported "
+        "on, none of theirs does.",
         remarks=list(ground.remarks),
         planned=ground.planned,
         done=len(ground.trials),
