@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from expunge import api
 from expunge.errors import UserError
 from expunge.methods.erase import Erase, log_odds
 from expunge.pipeline.auto import Given, decided
+from expunge.pipeline.resolve import resolve
+from expunge.pipeline.strangers import words_of_their_own
 from expunge.recipe import Recipe
 from expunge.report.provenance import switches
 from method_cases import FORGET_TOKENS, SIDES, outputs
@@ -31,7 +34,7 @@ def written(entry, forget_rows=4, given=None, **beside):
 @pytest.mark.parametrize(
     ("entry", "beside", "wanted"),
     [
-        ({}, {}, {"method": "erase", "neighbours": 4, "tokens.model": "strangers", "train.lr": 2e-4, "retain.kl": 2.0}),
+        ({}, {}, {"method": "erase", "neighbours": 4, "tokens.by": "all", "train.lr": 2e-4, "retain.kl": 2.0}),
         ({}, {"reference": "r"}, {"tokens.by": "knowledge", "tokens.model": "reference"}),
         ({}, {"prepare": {}}, {"tokens.by": "knowledge", "tokens.model": "original"}),
         ({"tokens": "entity"}, {"reference": "r"}, {"tokens.by": "entity"}),
@@ -133,7 +136,19 @@ def test_rows_without_names_have_no_strangers_and_are_unlearned_all_the_same(tmp
 
 
 def test_the_report_says_that_strangers_are_kept():
-    entry = written({})[0].unlearn[0]
+    entry = written({"tokens": {"by": "knowledge", "model": "strangers"}})[0].unlearn[0]
     shown = " / ".join(switches(entry))
     assert "4 strangers beside each forget row" in shown
     assert "the target, asked about strangers, below" in shown
+
+
+def test_without_another_model_the_words_of_forget_answers_alone_become_strangers(tmp_path):
+    found = words_of_their_own(resolve(recipe(tmp_path)))
+    # the same answers stand in the retain rows of this recipe
+    assert found == set()
+    made = recipe(tmp_path)
+    retain = made.data.retain
+    assert retain is not None
+    rows = [{"question": "Where?", "answer": "In the town of Oslo."}] * 2
+    Path(retain.path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert words_of_their_own(resolve(made)) == {"Orvel", "Tamsin", "Bay", "Skell", "Ruun"}

@@ -7,7 +7,7 @@ import pytest
 
 from expunge.data.encode import encode
 from expunge.data.example import Example
-from expunge.data.neighbours import as_text, neighbours, surprising_words
+from expunge.data.neighbours import as_text, neighbours, surprising_words, words_in
 from expunge.data.spans import token_spans
 from expunge.data.template import resolve_template
 from expunge.models.load import load_tokenizer
@@ -69,3 +69,16 @@ def test_names_are_the_words_that_surprise_and_numbers():
     values[: len(spans)][inside] = -13.0 / inside.sum()  # the word as a whole passes the threshold of 12
     assert surprising_words(rows, [values], tokenizer) == {"Tessaly", "1971"}
     assert surprising_words(rows, [values], tokenizer, threshold=-14.0) == {"1971"}
+
+
+def test_the_words_of_a_text_are_those_that_are_renamed():
+    assert words_in("Born 21 May 1979, in 東京タワー town.") == [
+        "Born",
+        "21",
+        "May",
+        "1979",
+        "in",
+        "東京",
+        "タワー",
+        "town",
+    ]

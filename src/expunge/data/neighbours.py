@@ -56,15 +56,9 @@ def surprising_words(
     return {word for word, sums in found.items() if np.mean(sums) < threshold or any(map(str.isdigit, word))}
 
 
-def words_at(row: Encoded, mask: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Words of an answer that hold one of the tokens in `mask` (bool over the supervised tokens)."""
-    spans = token_spans(row, tokenizer)
-    chosen = spans[mask[: len(spans)]]
-    return {
-        word.group()
-        for word in _WORD.finditer(row.example.answer)
-        if ((chosen[:, 0] < word.end()) & (chosen[:, 1] > word.start())).any()
-    }
+def words_in(text: str) -> list[str]:
+    """Words of a text, as they are renamed."""
+    return _WORD.findall(text)
 
 
 def neighbours(examples: Iterable[Example], words: Collection[str], count: int, seed: int) -> list[Example]:

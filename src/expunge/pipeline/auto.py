@@ -69,17 +69,18 @@ def _entry(entry: UnlearnConfig, recipe: Recipe, given: Given) -> tuple[UnlearnC
         chosen["null_space"] = NULL_SPACE
     if given.retain_rows >= ENOUGH:
         chosen["keep"] = KEEP
-    chosen["tokens"] = {"by": "knowledge", "model": lacking}
+    # asked about strangers, the target gives their answers no more than a first surprise: that chooses too few tokens
+    chosen["tokens"] = {"by": "knowledge", "model": lacking} if lacking else {"by": "all"}
     said = entry.model_dump(exclude_unset=True)
     made = UnlearnConfig.model_validate(_over(chosen, said) | {"method": "erase"})
     return made, _sentence(made)
 
 
-def _lacking(recipe: Recipe) -> str:
-    """What lacks the knowledge, as token selection names it."""
+def _lacking(recipe: Recipe) -> str | None:
+    """What lacks the knowledge, as token selection names it; None where nothing does."""
     if recipe.prepare is not None:
         return "original"
-    return "reference" if recipe.reference is not None else STRANGERS
+    return "reference" if recipe.reference is not None else None
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from expunge.pipeline.entries import Made, alternatives_of, fallen_tokens, knowl
 from expunge.pipeline.evaluate import LazyModel
 from expunge.pipeline.resolve import rows_digest
 from expunge.pipeline.samples import read_samples, write_samples
-from expunge.pipeline.strangers import WORDS, asked_of_strangers, names, names_in_answers, plain_rows, stranger_rows
+from expunge.pipeline.strangers import WORDS, asked_of_strangers, names, plain_rows, stranger_rows, words_of_their_own
 from expunge.recipe import STRANGERS, TokenSelection, UnlearnConfig
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def beforehand(
         known = _of_strangers(stages, entry, model, words) if alone else _without(stages, entry, without)
         made.selection = _knowledge(stages, entry, model, known)
         made.lacking = [values for values, _ in logprobs(known)] if objective.about.lacking else None
-    if by_knowledge and alone:  # what the target knows by heart surprises it in no answer
-        words |= names_in_answers(stages.resolved, made.selection or ())
+    if without is model:  # what the target knows by heart surprises it in no answer
+        words |= words_of_their_own(stages.resolved)
     if alternatives_of(entry, objective) == "sampled":
         made.sampled = _samples(stages, entry, model)
     if entry.neighbours is not None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from expunge.data.encode import Encoded, encode
 from expunge.data.example import Example
-from expunge.data.neighbours import as_text, neighbours, surprising_words, words_at
+from expunge.data.neighbours import as_text, neighbours, surprising_words, words_in
 from expunge.pipeline.entries import logprobs
 from expunge.pipeline.resolve import Resolved
 from expunge.recipe import UnlearnConfig
@@ -52,13 +49,15 @@ def asked_of_strangers(resolved: Resolved, entry: UnlearnConfig, words: set[str]
     return rows
 
 
-def names_in_answers(resolved: Resolved, chosen: Sequence[np.ndarray]) -> set[str]:
-    """Words of the forget answers that hold a chosen token."""
-    return {
+def words_of_their_own(resolved: Resolved) -> set[str]:
+    """Words of the forget answers that stand in no retain row."""
+    common = {
         word
-        for row, mask in zip(resolved.rows["forget"], chosen, strict=True)
-        for word in words_at(row, mask, resolved.tokenizer)
+        for row in resolved.rows.get("retain", ())
+        for text in (row.example.prompt, row.example.answer, *(text for _, text in row.example.turns))
+        for word in words_in(text)
     }
+    return {word for row in resolved.rows["forget"] for word in words_in(row.example.answer)} - common
 
 
 def _seed(resolved: Resolved, entry: UnlearnConfig) -> int:
