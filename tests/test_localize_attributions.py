@@ -94,7 +94,7 @@ def built(attribution: str) -> Any:
     return build_attribution(*SETTINGS.get(attribution, (attribution, {})))
 
 
-def close(found: Any, expected: Gradients, tolerance: float = 2e-4) -> None:
+def assert_close(found: Any, expected: Gradients, tolerance: float = 2e-4) -> None:
     """Equal up to the rounding of sums in float32, relative to the largest entry of a parameter."""
     for key, value in found.items():
         assert value.dtype == torch.float32, key
@@ -110,7 +110,7 @@ def test_scores_are_those_of_the_formula(attribution: str, name: str) -> None:
         found = built(attribution).saliency(given)
         assert found.keys() == given.parameters.keys()
         assert all(found[key].shape == given.parameters[key].shape for key in found)
-        close(found, directly(attribution, name))
+        assert_close(found, directly(attribution, name))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -119,7 +119,7 @@ def test_squares_are_those_of_rows_for_every_unit(unit: str, name: str, monkeypa
     if unit != "layer":  # which has norms: all else must not need a pass for each row
         monkeypatch.setattr(squares_module, "_by_row", None)
     monkeypatch.setitem(squares_module.BLOCK, "cpu", 100)  # several blocks for each matrix
-    close(evidence(name, unit).squares("retain"), naive(name, "retain")[1])
+    assert_close(evidence(name, unit).squares("retain"), naive(name, "retain")[1])
 
 
 def test_squares_of_a_layer_that_runs_twice_go_row_by_row() -> None:
@@ -127,14 +127,14 @@ def test_squares_of_a_layer_that_runs_twice_go_row_by_row() -> None:
     network.model.layers[1].mlp.down_proj = network.model.layers[0].mlp.down_proj
     given = Evidence(network, ROWS, units_of(network, "value_vector"), unit="value_vector", batch_size=4)
     assert list(given.parameters) == ["model.layers.0.mlp.down_proj.weight"]
-    close(given.squares("forget"), summed(network, ROWS["forget"])[1])
+    assert_close(given.squares("forget"), summed(network, ROWS["forget"])[1])
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_mean_gradient_is_per_answer_token(name: str) -> None:
     tokens = sum(row.supervised_tokens for row in ROWS["forget"])
     expected = {key: value / tokens for key, value in naive(name, "forget")[0].items()}
-    close(evidence(name).gradient("forget", mean=True), expected)
+    assert_close(evidence(name).gradient("forget", mean=True), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -167,7 +167,7 @@ def test_del_counts_a_value_vector_by_its_strongest_tenth(name: str) -> None:
 def test_the_batch_size_does_not_matter(attribution: str) -> None:
     expected = {key: value.double() for key, value in built(attribution).saliency(evidence("llama")).items()}
     for batch_size in (1, 16):
-        close(built(attribution).saliency(evidence("llama", batch_size=batch_size)), expected)
+        assert_close(built(attribution).saliency(evidence("llama", batch_size=batch_size)), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -250,7 +250,7 @@ def test_a_second_gradient_lies_in_a_file_that_nobody_has_to_remove(
         mapped.append(str(tmp_path) in Path("/proc/self/maps").read_text(encoding="utf-8"))
 
     given = evidence("llama", folder=tmp_path / "work", advance=look)
-    close(built(attribution).saliency(given), directly(attribution, "llama"))
+    assert_close(built(attribution).saliency(given), directly(attribution, "llama"))
     retain, forget = mapped[:3], mapped[3:]
     assert (retain, forget) == ([False] * 3, [True] * 3), "the gradient of the first split is in the file"
     assert not list(tmp_path.rglob("*.bin"))
@@ -458,4 +458,4 @@ def test_rows_that_have_no_answer_are_refused() -> None:
     with pytest.raises(UserError, match="the retain set"):
         built("relative fisher").saliency(evidence("llama", rows={"forget": ROWS["forget"]}))
     mixed = evidence("llama", rows={"forget": [*ROWS["forget"], bare]})
-    close(mixed.squares("forget"), naive("llama", "forget")[1])
+    assert_close(mixed.squares("forget"), naive("llama", "forget")[1])

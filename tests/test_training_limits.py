@@ -20,7 +20,7 @@ from expunge.pipeline.training import fit, train
 from expunge.recipe import LoraConfig, ModelConfig, UnlearnConfig
 from expunge.scoring.scores import score
 from test_unlearn_entries import recipe
-from training_jobs import QUICK, RETAIN, job, run, taught
+from training_jobs import QUICK, RETAIN, job, run, run_until_killed, taught
 from training_rows import rows
 
 HELD = RETAIN[:6]
@@ -146,15 +146,7 @@ def test_the_learning_rate_runs_on_the_clock_where_that_is_ahead(tmp_path: Path,
 def test_the_time_before_a_kill_is_counted(tmp_path: Path) -> None:
     settings = LONG.model_copy(update={"minutes": 5.0})
 
-    class Killed(Exception):
-        pass
-
-    def kill(step: int, terms: Any) -> None:
-        if step == 4:
-            raise Killed
-
-    with pytest.raises(Killed):
-        train(job(train=settings), tmp_path, on_step=kill)
+    run_until_killed(job(train=settings), tmp_path, 4)
     from expunge.pipeline.trainer import remembered
 
     (checkpoint,) = sorted((tmp_path / "checkpoints").glob("checkpoint-2"))

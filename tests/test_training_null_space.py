@@ -17,7 +17,7 @@ from expunge.models.quantization import linear_weights
 from expunge.models.tiny import build_tiny
 from expunge.pipeline.null_space import NullSpace, ProjectedAdamW, guarded_weights, soft_projector
 from expunge.recipe import LoraConfig, ModelConfig
-from training_jobs import QUICK, RETAIN, job, run
+from training_jobs import QUICK, RETAIN, job, run, run_until_killed
 
 LONG = QUICK.model_copy(update={"max_steps": 10, "lr": 3e-3, "epochs": 50})
 
@@ -127,17 +127,7 @@ def test_a_killed_training_goes_on_in_the_same_null_space(tmp_path: Path):
     made = job(train=LONG, null_space=1.0)
     _, whole = run(made, tmp_path / "whole")
 
-    class Killed(Exception):
-        pass
-
-    def kill(step: int, terms: Any) -> None:
-        if step == 5:
-            raise Killed
-
-    from expunge.pipeline.training import train
-
-    with pytest.raises(Killed):
-        train(made, tmp_path / "parts", on_step=kill)
+    run_until_killed(made, tmp_path / "parts", 5)
     _, parts = run(made, tmp_path / "parts")
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, atol=1e-6, rtol=1e-5)

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from expunge.methods.base import OBJECTIVES, build_objective
@@ -57,6 +58,20 @@ def run(made: Job, work: Path) -> tuple[Curve, dict[str, torch.Tensor]]:
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     return curve, dict(model.state_dict())
+
+
+def run_until_killed(made: Job, work: Path, at: int) -> None:
+    """Begin a training, and break it off after step `at`."""
+
+    class Killed(Exception):
+        pass
+
+    def kill(step: int, terms: Any) -> None:
+        if step == at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(made, work, on_step=kill)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,9 +75,8 @@ def localize(
     from expunge import api
     from expunge.runs.provenance import typed_command
 
-    flags = {"model.allow_pickle": allow_pickle, "model.trust_remote_code": trust_remote_code}
-    overrides = [f"{key}=true" for key, given in flags.items() if given]
-    overrides += [f"seed={seed}"] if seed is not None else []
+    flags = {"model.allow_pickle": allow_pickle or None, "model.trust_remote_code": trust_remote_code or None}
+    given = {**flags, "seed": seed}.items()
     with only_stderr(json_):
         found = api.localize(
             model,
@@ -86,7 +86,7 @@ def localize(
             benchmark=benchmark,
             folder=folder,
             template=template,
-            overrides=[*overrides, *(set_ or [])],
+            overrides=[*(f"{key}={json.dumps(value)}" for key, value in given if value is not None), *(set_ or [])],
             command=typed_command(),
             by=by,
             unit=unit,
@@ -95,6 +95,11 @@ def localize(
             limit=limit,
             against=None if against is None else str(against),
         )
+    _told(found, output, json_)
+
+
+def _told(found: Localization, output: Path, json_: bool) -> None:
+    """The last lines: how it agrees with a known region, the answer, and where mask and page are; or all as JSON."""
     if json_:
         print_json(found.to_json())
         return

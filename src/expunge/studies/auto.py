@@ -217,7 +217,7 @@ def _standings(record: AttackRecord, name: str, first: bool) -> dict[str, tuple[
 
 def _attacks(options: Auto) -> list[Any]:
     """The attacks with their settings; settings of attacks that are not asked for are left out when they are ours."""
-    from expunge.studies.uwc import chosen
+    from expunge.studies.uwc import attacks_with
 
     ours = [one for one in options.parameters if one not in SETTINGS or one.partition(".")[0] in options.attacks]
-    return chosen(options.attacks, ours)
+    return attacks_with(options.attacks, ours)

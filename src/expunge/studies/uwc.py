@@ -53,7 +53,7 @@ def entry(options: Uwc) -> dict[str, Any]:
 )
 def uwc(ground: Ground, options: Uwc) -> Document:
     """Train the zoo, calibrate every checkpoint on validation rows, attack all of them, and audit the metrics."""
-    attacks = chosen(options.attacks, options.parameters)
+    attacks = attacks_with(options.attacks, options.parameters)
     ground.set_aside(JUDGED)
     ground.set_aside(VALIDATION, options.validation)
     trials = [
@@ -156,7 +156,7 @@ def _audited(ground: Ground, options: Uwc, zoo: Mapping[str, Variant], attacks: 
     return findings(record, members.zoo(), Resampling(evaluate.bootstrap, options.seed)), record
 
 
-def chosen(attacks: Sequence[str], parameters: Sequence[str]) -> list[Any]:
+def attacks_with(attacks: Sequence[str], parameters: Sequence[str]) -> list[Any]:
     """Attacks with their settings (`relearn.steps=40`). Raises UserError for an unknown name or setting."""
     from expunge.pipeline.attack import chosen_attacks
     from expunge.recipe import parse_overrides
