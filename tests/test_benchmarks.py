@@ -383,9 +383,19 @@ def test_nobody_searches_on_documents_that_are_scored(tmp_path: Path) -> None:
     assert "outside" not in load("lume:folds", tmp_path)
 
 
+def test_an_author_is_a_document_of_tofu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folders.tofu(tmp_path)
+    whole = asked_for(None, "tofu:forget01", folder)
+    monkeypatch.setattr(tofu, "AUTHOR", 2)
+    fewer = asked_for(1, "tofu:forget01", folder)
+    for name in ("forget", "retain", "retain_unseen", "holdout"):
+        assert list(fewer[name].examples) == list(whole[name].examples)[:2], name
+    assert len(fewer["world_facts"]) == len(whole["world_facts"]), "what is only measured stays whole"
+
+
 def test_documents_are_refused_where_rows_have_none(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="tofu are not counted by documents"):
-        asked_for(2, "tofu:forget01", folders.tofu(tmp_path))
+    with pytest.raises(UserError, match="rwku are not counted by documents"):
+        asked_for(2, "rwku", tmp_path)
     with pytest.raises(ValidationError, match="name it"):
         DataConfig(forget="f.jsonl", documents=2)  # type: ignore[arg-type]
     with pytest.raises(ValidationError, match="greater than 0"):

@@ -3,6 +3,7 @@
 Unlearning trains on `forget` and on `retain` (retain99, retain95 or retain90 without the 400 rows of retain_perturbed).
 Those 400 are the split `retain_unseen`: the target has learnt them, unlearning does not see them, and TOFU's retain
 numbers are taken on them. They are a part of every retain set of TOFU, where they are used for unlearning too.
+Of its documents, which are authors of 20 rows each, `data.documents` takes the first so many of each split.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ _HUB = "locuslab/TOFU"
 PARTS = {"forget01": "01", "forget05": "05", "forget10": "10"}
 #: splits that utility is measured on, by what TOFU calls them
 UTILITY = {"retain": "retain_unseen", "real_authors": "real_authors", "world_facts": "world_facts"}
+#: rows about one author, one after the other in every file
+AUTHOR = 20
 _FORMULA = "OpenUnlearning's formula, which its published parts do not turn into its published table"
 
 
@@ -32,20 +35,21 @@ def _load(request: Request) -> Splits:
         _wanted("retain_perturbed"),
     )
     files.require(forget, retain, unseen)
-    rows = files.rows(forget, "forget")
+    most = None if request.documents is None else AUTHOR * request.documents
+    rows = files.rows(forget, "forget")[:most]
     if not any("perturbed_answer" in row.extra for row in rows):
         files.notes.append(f"forget rows have no paraphrased and perturbed answers: forget{percent}_perturbed has them")
     files.add("forget", "forget", rows)
     kept = files.rows(unseen, "retain_unseen")
     measured = set(map(content, kept))
     trained = [row for row in files.rows(retain, "retain") if content(row) not in measured]
-    files.add("retain", "retain", trained, evaluated=False)
-    files.add("retain_unseen", "retain", kept)
+    files.add("retain", "retain", trained[:most], evaluated=False)
+    files.add("retain_unseen", "retain", kept[:most])
     for name in ("real_authors", "world_facts"):
         wanted = _wanted(f"{name}_perturbed", what=f"utility on {name}")
         files.add(name, "utility", map(in_task(name), files.optional(wanted, name)))
     holdout = _wanted(f"holdout{percent}", what="membership inference against rows that nobody learnt")
-    files.add("holdout", "holdout", files.optional(holdout, "holdout"))
+    files.add("holdout", "holdout", files.optional(holdout, "holdout")[:most])
     return files.made()
 
 
@@ -140,6 +144,7 @@ BENCHMARKS.register("tofu")(
         load=_load,
         paper="arXiv:2401.06121",
         parts=tuple(PARTS),
+        has_documents=True,
         files="forgetXX_perturbed (or forgetXX), retainYY, retain_perturbed, real_authors_perturbed, "
         f"world_facts_perturbed, holdoutXX; hub: {_HUB}",
         metrics=(
