@@ -15,7 +15,7 @@ from expunge.models.load import load_model
 from expunge.recipe import ModelConfig
 from expunge.recipe.model import Thresholds
 from expunge.studies.auto_page import Examined, chosen_of, document
-from expunge.studies.auto_space import AUTO, VARIATIONS, Entrant
+from expunge.studies.auto_space import AUTO, MERGED, VARIATIONS, Entrant
 from study_fixture import fake_ground, options_and_recipe, outcome, yardsticks
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -89,9 +89,14 @@ def test_mistakes_are_told(given: dict[str, str], match: str, tmp_path: Path):
 
 
 def test_every_variation_is_an_entry_that_could_be_trained(tmp_path: Path):
-    given = {"benchmark": "fictitious:40", "variations": ",".join(VARIATIONS), "rivals": "", "minutes": "0.0001"}
+    given = {
+        "benchmark": "fictitious:40",
+        "variations": ",".join((*VARIATIONS, *MERGED)),
+        "rivals": "",
+        "minutes": "0.0001",
+    }
     result = api.study("auto", model="tiny", output=tmp_path / "out", overrides=TAUGHT, quiet=True, **given)
-    assert result.document.planned == len(VARIATIONS)
+    assert result.document.planned == len(VARIATIONS) + len(MERGED)
     assert result.document.done == 0
 
 
@@ -103,8 +108,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 def run(folder: Path) -> Any:
     given = {
-        "benchmark": "fictitious:40", "variations": "deep", "rivals": "npo", "rates": "1e-3", "epochs": "2",
-        "steps": "8", "report": "7", "parameters": "relearn.steps=2,relearn.looks=1,quantize.schemes=[nf4]",
+        "benchmark": "fictitious:40", "variations": "deep", "rivals": "npo", "rates": "1e-3",
+        "epochs": "2", "steps": "8", "report": "7",
+        "parameters": "relearn.steps=2,relearn.looks=1,quantize.schemes=[nf4]",
     }  # fmt: skip
     return api.study("auto", model="tiny", output=folder, overrides=TAUGHT, quiet=True, **given)
 
@@ -113,6 +119,9 @@ def test_a_whole_study_reports_on_other_people(whole: tuple[Path, Any]):
     folder, result = whole
     found = result.document.results
     assert [one["name"] for one in found["tried"]] == ["auto-default", "auto-deep", "npo-lr1e-3"]
+    for one in found["tried"]:
+        assert one["calibrated"] is not None
+        assert one["calibrated"] <= 1
     assert {one["people"] for one in found["reported"]} == {7}
     assert {label for one in found["tried"] for label in one["attacks"]} == {"relearn 2steps", "quantize nf4"}
     target, model = (
@@ -129,3 +138,22 @@ def test_a_whole_study_reports_on_other_people(whole: tuple[Path, Any]):
 
 def test_a_second_run_does_nothing(whole: tuple[Path, Any]):
     assert run(whole[0]).skipped_all
+
+
+@pytest.mark.slow
+def test_specialists_are_merged_and_scaled_as_a_whole(tmp_path: Path):
+    given = {
+        "benchmark": "fictitious:40", "variations": "merged", "rivals": "zjuklab", "rates": "1e-3", "epochs": "2",
+        "steps": "8", "attacks": "quantize", "parameters": "quantize.schemes=[nf4]",
+    }  # fmt: skip
+    result = api.study("auto", model="tiny", output=tmp_path / "out", overrides=TAUGHT, quiet=True, **given)
+    tried = {one["name"]: one for one in result.document.results["tried"]}
+    assert list(tried) == ["auto-default", "auto-merged", "zjuklab-lr1e-2"]
+    for name in ("auto-merged", "zjuklab-lr1e-2"):
+        place = tmp_path / "out" / "zoo" / name
+        scale = json.loads((place / "stage.json").read_text())["outputs"]["scale"]
+        assert scale == tried[name]["scale"]
+        assert 0 <= scale <= 1
+        assert not (place / "adapter_config.json").exists()
+        found = {one.name for one in (tmp_path / "out" / "specialists").iterdir() if one.name.startswith(name)}
+        assert found == {f"{name}-over", f"{name}-under"}

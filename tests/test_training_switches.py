@@ -21,7 +21,7 @@ from expunge.models.tiny import build_tiny
 from expunge.pipeline import training
 from expunge.pipeline.gradients import two_sided
 from expunge.pipeline.training import train
-from expunge.recipe import LoraConfig, TrainConfig
+from expunge.recipe import LoraConfig, RelearningConfig, TrainConfig
 from training_jobs import QUICK, RETAIN, job, run
 
 LAST_LAYER = [r"layers\.1\.", r"\.norm\."]
@@ -102,7 +102,7 @@ def quadratic(forget: torch.Tensor, retain: torch.Tensor, start: torch.Tensor) -
     parameter = start.clone().requires_grad_()
 
     def backward(side: str) -> None:
-        target, scale = (forget, torch.tensor([4.0, 1.0])) if side == "forget" else (retain, torch.ones(2))
+        target, scale = (retain, torch.ones(2)) if side == "retain" else (forget, torch.tensor([4.0, 1.0]))
         (0.5 * (scale * (parameter - target).square()).sum()).backward()
 
     return parameter, backward
@@ -118,6 +118,32 @@ def test_sam_takes_the_forget_gradient_up_its_own_direction() -> None:
     assert parameter.grad is not None
     torch.testing.assert_close(parameter.grad, expected)
     assert torch.equal(parameter.detach(), start), "the parameters are back exactly"
+
+
+@pytest.mark.parametrize("rho", [None, 0.1])
+def test_the_forget_gradient_is_taken_where_relearning_leads(rho: float | None) -> None:
+    forget, retain, start = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]), torch.tensor([0.5, 0.5])
+    parameter, backward = quadratic(forget, retain, start)
+    two_sided([parameter], backward, rho=rho, relearning=RelearningConfig(steps=3, lr=0.1))
+    moved = start - 0.3 * (start - forget).sign()  # no step crosses the goal
+    curve = torch.tensor([4.0, 1.0])
+    if rho is not None:
+        plain = curve * (moved - forget)
+        moved = moved + rho * plain / plain.norm()
+    assert parameter.grad is not None
+    torch.testing.assert_close(parameter.grad, curve * (moved - forget) + (start - retain))
+    assert torch.equal(parameter.detach(), start), "the parameters are back exactly"
+
+
+@pytest.mark.parametrize("name", ["npo", "rmu", "erase"])
+def test_looking_ahead_at_relearning_does_not_depend_on_how_a_step_is_split(name: str, tmp_path: Path) -> None:
+    ahead = {"relearning": RelearningConfig(steps=2, lr=1e-3)}
+    whole, _ = run(job(name, **ahead), tmp_path / "whole")
+    parts, _ = run(job(name, **ahead, train=QUICK.model_copy(update={"accumulation": 4})), tmp_path / "parts")
+    plain, _ = run(job(name), tmp_path / "plain")
+    for left, right in zip(whole, parts, strict=True):
+        assert left == pytest.approx(right, rel=5e-3, abs=2e-3)  # the sign of a gradient near zero
+    assert whole[-1] != plain[-1]
 
 
 @pytest.mark.parametrize("conflict", [True, False])

@@ -146,3 +146,20 @@ def test_what_is_taught_is_the_answer_or_the_prompt_too(span: str, tmp_path: Pat
     digest = job_inputs(jobs["target"][1])["retain"]
     other = prepare_jobs(resolve(asked.model_validate({**asked.model_dump(), "prepare": {}})))["target"][1]
     assert (job_inputs(other)["retain"] == digest) == (span == "answer"), "what is taught is part of what a stage is of"
+
+
+def test_other_questions_of_rows_are_taught_beside_them(tmp_path: Path) -> None:
+    columns = {
+        "paraphrased_question": ["Which town is it from?", "And its birthplace?"],
+        "related": [{"prompt": "Who is from there?", "answer": "That one.", "relation": "reverse"}],
+    }
+    asked = recipe(tmp_path, columns)
+    taught = {}
+    for views in ([], ["paraphrase"], ["paraphrase", "related"]):
+        prepare = {"views": views, "span": "sequence"}
+        taught[len(views)] = prepare_jobs(resolve(asked.model_validate({**asked.model_dump(), "prepare": prepare})))
+    counts = {name: [len(jobs[name][1].retain) for jobs in taught.values()] for name in ("target", "reference")}
+    assert counts == {"target": [8, 16, 20], "reference": [4, 4, 4]}, "of forget rows; retain rows bring none here"
+    last = taught[2]["target"][1].retain[-1]
+    assert (last.example.prompt, last.example.answer) == ("Who is from there?", "That one.")
+    assert last.supervised_tokens == len(last.input_ids) - 1

@@ -44,6 +44,7 @@ _EXAMPLES: dict[str, Any] = {
     "sentences": ["I have never heard of that."],
     "neighbours": 4,
     "sam": 0.01,
+    "relearning": {"steps": 1, "lr": 1e-4},
     "keep": 0.95,
     "null_space": 3,
     "trainable": [r"\.mlp\.down_proj\."],

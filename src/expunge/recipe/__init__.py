@@ -2,24 +2,18 @@
 
 from expunge.recipe.load import digest, dump_yaml, load_recipe, parse_overrides, preset_names
 from expunge.recipe.localize import LocalizeConfig, Strata, Unit
-from expunge.recipe.model import (
+from expunge.recipe.model import EvaluateConfig, MergeConfig, PrepareConfig, Recipe
+from expunge.recipe.parts import DataConfig, LoraConfig, ModelConfig, SourceConfig, TrainConfig
+from expunge.recipe.search import Aim, Keep, SearchConfig
+from expunge.recipe.unlearn import (
     STRANGERS,
     AlternativesConfig,
-    DataConfig,
-    EvaluateConfig,
-    LoraConfig,
-    MergeConfig,
-    ModelConfig,
-    PrepareConfig,
-    Recipe,
+    RelearningConfig,
     RetainTerms,
-    SourceConfig,
     StopRule,
     TokenSelection,
-    TrainConfig,
     UnlearnConfig,
 )
-from expunge.recipe.search import Aim, Keep, SearchConfig
 
 __all__ = [
     "STRANGERS",
@@ -34,6 +28,7 @@ __all__ = [
     "ModelConfig",
     "PrepareConfig",
     "Recipe",
+    "RelearningConfig",
     "RetainTerms",
     "SearchConfig",
     "SourceConfig",

@@ -28,7 +28,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, ValidationError
 
 from expunge.errors import UserError
-from expunge.recipe.model import Frozen
+from expunge.recipe.base import Frozen
 
 NAME = "attack.json"
 SCHEMA = "expunge.attack/1"

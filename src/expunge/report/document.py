@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from expunge.errors import UserError
-from expunge.recipe.model import Frozen
+from expunge.recipe.base import Frozen
 from expunge.report.figure_data import Figure
 from expunge.report.judgement import Verdict
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from expunge.recipe.model import Frozen
+from expunge.recipe.base import Frozen
 
 Cell = tuple[int, int]  # row, column
 #: The part that a model plays; it decides colour and shape. The reference is the control: its lines are dashed.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expunge.recipe import STRANGERS, LoraConfig, TokenSelection, TrainConfig, UnlearnConfig
 from expunge.recipe.localize import LocalizeConfig
-from expunge.recipe.model import STRANGERS, LoraConfig, TokenSelection, TrainConfig, UnlearnConfig
 from expunge.report.records import RunRecord, mapping
 from expunge.report.tables import variant_label
 from expunge.report.text import compact, duration, grouped, human, listed, named, percent, plural
@@ -148,6 +148,9 @@ def switches(entry: UnlearnConfig) -> list[str]:
         found.append(f"starts from the weights of {entry.reset.id} in what is trained")
     if entry.sam is not None:
         found.append(f"sharpness-aware forget gradient (radius {compact(entry.sam)})")
+    if entry.relearning is not None:
+        ahead = f"{plural(entry.relearning.steps, 'step')} at {compact(entry.relearning.lr)}"
+        found.append(f"forget gradient taken where a relearning of {ahead} leads")
     if entry.gradient_projection:
         found.append("forget gradient without what opposes the retain gradient")
     if entry.null_space is not None:

@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field, ValidationError
 
 from expunge.errors import UserError
-from expunge.recipe.model import Frozen
+from expunge.recipe.base import Frozen
 
 FOLDER, NAME = "updates", "updates.json"
 

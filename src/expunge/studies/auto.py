@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
 from expunge.errors import UserError, did_you_mean
+from expunge.studies.auto_models import JUDGED, VALIDATION, calibrated, model_of, planned, scale_of
 from expunge.studies.auto_page import SUMMARY, Examined, chosen_of, document
-from expunge.studies.auto_space import AUTO, DEFAULT, RIVALS, VARIATIONS, Entrant
+from expunge.studies.auto_space import AUTO, DEFAULT, MERGED, RIVALS, VARIATIONS, ZJUKLAB, Entrant
 from expunge.studies.base import STUDIES, Names, Numbers, StudyOptions, Whole, study
-from expunge.studies.objectives import layer_setting, published_rates, rate_text, scaled_rate
+from expunge.studies.objectives import ADAPTERS, layer_setting, published_rates, rate_text, scaled_rate
+from expunge.studies.zjuklab_record import OVER, UNDER
 
 if TYPE_CHECKING:
     from expunge.pipeline.stages import Variant
-    from expunge.recipe import UnlearnConfig
     from expunge.report.attack_record import AttackRecord
     from expunge.report.document import Document
     from expunge.studies.ground import Ground
 
-JUDGED, VALIDATION = "retain_unseen", "validation"
+_NAMES = (*VARIATIONS, *MERGED)
 ATTACKS = ("relearn", "quantize")
 #: One epoch on all rows of `fictitious`, as the margin is defined; one pass at 4 bits.
 SETTINGS = ("relearn.beside=retain", "relearn.steps=15", "relearn.looks=1", "relearn.lr=1e-4", "quantize.schemes=[nf4]")
@@ -30,9 +30,9 @@ SETTINGS = ("relearn.beside=retain", "relearn.steps=15", "relearn.looks=1", "rel
 class Auto(StudyOptions):
     """Options of `auto`."""
 
-    variations: Names = Field(tuple(VARIATIONS), description="of auto: " + ", ".join(VARIATIONS))
-    rivals: Names = Field(RIVALS, description="published objectives beside it; none: --rivals ''")
-    rates: Numbers | None = Field(None, description="learning rates of the rivals; their own, scaled, when absent")
+    variations: Names = Field(_NAMES, description="of auto: " + ", ".join(_NAMES))
+    rivals: Names = Field(RIVALS, description="published objectives, and zjuklab's merge, beside it; none: --rivals ''")
+    rates: Numbers | None = Field(None, description="of the rivals (adapters: × 10); their own, scaled, when absent")
     epochs: float = Field(10.0, gt=0, description="passes of the rivals over the forget rows")
     steps: int | None = Field(None, gt=0, description="optimizer steps of every training at most")
     report: Whole = Field((), description="seeds of other people on whom the chosen one and the rivals are reported")
@@ -96,9 +96,9 @@ def _set_aside(ground: Ground, options: Auto) -> None:
 def _variations(options: Auto) -> Iterable[Entrant]:
     """Raises UserError for a name that is none."""
     for name in dict.fromkeys((DEFAULT, *options.variations)):
-        if name not in VARIATIONS:
-            raise UserError(f"--variations: auto has no variation '{name}'", did_you_mean(name, list(VARIATIONS)))
-        yield Entrant(f"{AUTO}-{name}", AUTO, VARIATIONS[name])
+        if name not in _NAMES:
+            raise UserError(f"--variations: auto has no variation '{name}'", did_you_mean(name, list(_NAMES)))
+        yield Entrant(f"{AUTO}-{name}", AUTO, VARIATIONS.get(name, {}), MERGED.get(name, {}))
 
 
 def _rivals(ground: Ground, options: Auto) -> Iterable[Entrant]:
@@ -106,6 +106,9 @@ def _rivals(ground: Ground, options: Auto) -> Iterable[Entrant]:
     from expunge.methods.base import OBJECTIVES
 
     for name in dict.fromkeys(options.rivals):
+        if name == ZJUKLAB:
+            yield from _published_merge(ground, options)
+            continue
         declared = published_rates(OBJECTIVES.get(name).about.rates)
         rates = options.rates or [scaled_rate(rate, ground.parameters, adapters=False) for rate in declared]
         parameters = layer_setting(ground, name)
@@ -117,46 +120,39 @@ def _rivals(ground: Ground, options: Auto) -> Iterable[Entrant]:
             )
 
 
-def _written(ground: Ground, options: Auto, entrant: Entrant) -> UnlearnConfig:
-    """The entry of an entrant: what `auto` writes out for these rows, or the rivals' own."""
-    from expunge.pipeline.auto import Given, decided
-    from expunge.recipe import UnlearnConfig
+def _published_merge(ground: Ground, options: Auto) -> Iterable[Entrant]:
+    """ZJUKLAB's two specialists at each rate of adapters, with the published weights of their losses."""
+    from expunge.recipe import LoraConfig, RetainTerms
+    from expunge.studies.zjuklab_training import PUBLISHED, RATE
 
-    seed = ground.whole.recipe.seed
-    if not entrant.is_auto:
-        return ground.entry(name=entrant.name, seed=seed, **entrant.entry)
-    objective = entrant.entry.get("method")
-    said = {key: value for key, value in entrant.entry.items() if key != "method"}
-    asked = {"name": entrant.name, "method": AUTO, "keep": options.share, "seed": seed, **said}
-    recipe = ground.whole.recipe.model_copy(update={"unlearn": [UnlearnConfig.model_validate(asked)]})
-    rows = ground.resolved.rows
-    given = Given(len(rows["forget"]), len(rows["retain"]), ground.parameters)
-    made = decided(recipe, given)[0].unlearn[0]
-    if objective is not None:
-        made = made.model_copy(update={"method": objective, "parameters": layer_setting(ground, objective)})
-    bounds = [steps for steps in (made.train.max_steps, options.steps) if steps is not None]
-    limits = {"checkpoint_every": 100_000, "max_steps": min(bounds, default=None)}
-    return made.model_copy(update={"train": made.train.model_copy(update=limits)})
+    rates = [ADAPTERS * rate for rate in options.rates or ()]
+    lora = LoraConfig(rank=32, alpha=32, dropout=0.05)
+    for rate in sorted(rates) or [scaled_rate(RATE, ground.parameters, adapters=False)]:
+        specialists = {
+            name: {
+                "forget_weight": PUBLISHED[name].npo,
+                "retain": RetainTerms(nll=PUBLISHED[name].nll, kl=PUBLISHED[name].kl),
+                "train": {"lr": rate, "batch_size": PUBLISHED[name].rows},
+            }
+            for name in (OVER, UNDER)
+        }
+        shared = {"method": "npo", "parameters": {"beta": 0.1, "level": "mean"}, "lora": lora}
+        yield Entrant(f"{ZJUKLAB}-lr{rate_text(rate)}", ZJUKLAB, shared, specialists)
 
 
 def _examined(ground: Ground, options: Auto, entrants: Sequence[Entrant], attacks: Sequence[Any]) -> list[Examined]:
-    """Train every entrant, score it, attack them all; those for which time is left, and whose training came through."""
-    from expunge.studies.ground import Planned
-
-    planned = []
-    for entrant in entrants:
-        made = _written(ground, options, entrant)
-        ground.check(made)
-        about = {"method": entrant.family, "entrant": entrant.name, "people": ground.whole.recipe.seed}
-        planned.append((entrant, Planned(entrant.name, made, about)))
+    """Make every entrant, score it, attack them all; those for which time is left, and whose training came through."""
+    trainings = [(entrant, planned(ground, options, entrant)) for entrant in entrants]
     ground.measure_yardsticks()
     models: dict[str, tuple[Entrant, Variant]] = {}
-    for entrant, trial in planned:
+    left: dict[str, float | None] = {}
+    for entrant, trials in trainings:
         if ground.time_is_up():
             break
-        variant = ground.checkpoint(trial)
+        variant = model_of(ground, options, entrant, trials)
         if variant is not None:
-            models[trial.name] = entrant, variant
+            models[entrant.name] = entrant, variant
+            left[entrant.name] = calibrated(ground, options, entrant.name, variant, scale_of(ground, entrant.name))
     if not models:
         return []
     record = _attacked(ground, options, {name: variant for name, (_, variant) in models.items()}, attacks)
@@ -165,18 +161,12 @@ def _examined(ground: Ground, options: Auto, entrants: Sequence[Entrant], attack
             entrant,
             ground.whole.recipe.seed,
             dict(ground.outcomes),
-            _scale(ground, name),
+            scale_of(ground, name),
             _standings(record, name, first=name == next(iter(models))),
+            left[name],
         )
         for name, (entrant, _) in models.items()
     ]
-
-
-def _scale(ground: Ground, name: str) -> float | None:
-    """By what the update of a model was scaled, from the record of its training."""
-    made = json.loads((ground.directory.path / "zoo" / name / "stage.json").read_text(encoding="utf-8"))
-    scale: float | None = made["outputs"].get("scale")
-    return scale
 
 
 def _attacked(ground: Ground, options: Auto, models: Mapping[str, Variant], attacks: Sequence[Any]) -> AttackRecord:

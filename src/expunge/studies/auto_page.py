@@ -36,6 +36,7 @@ class Examined:
     outcomes: Mapping[str, Outcome]
     scale: float | None
     attacks: Standings
+    calibrated: float | None = None  # what is left where unseen rows keep enough
 
     @property
     def own(self) -> Outcome:
@@ -154,6 +155,7 @@ def _plain(found: Examined) -> dict[str, object]:
         "scale": found.scale,
         "forget": found.own["forget"],
         "kept": found.kept,
+        "calibrated": found.calibrated,
         "margin": found.margin,
         "attacks": {label: list(pair) for label, pair in found.attacks.items()},
         "seconds": found.own.seconds,
@@ -213,6 +215,11 @@ def _table(groups: Mapping[str, Sequence[Examined]], best: str, title: str) -> T
         Column(label="Scale", hint="of the update, so that validation rows keep enough"),
         Column(label="Forget ES", arrow="↓", hint="extraction strength on the forget rows"),
         Column(label="Unseen kept", arrow="↑", hint="part of the target's strength on rows that nothing looked at"),
+        Column(
+            label="Calibrated",
+            arrow="↓",
+            hint="forget strength where the update is scaled to keep enough of unseen rows",
+        ),
         *(Column(label=human(label), arrow="↓", hint="strength on the forget rows then") for label in labels),
         Column(label="Worst margin", arrow="↓", hint="largest distance to the reference under any attack"),
         Column(label="Seconds", hint="training and scoring"),
@@ -224,6 +231,7 @@ def _table(groups: Mapping[str, Sequence[Examined]], best: str, title: str) -> T
             _cell(found, lambda f: f.scale),
             _cell(found, _forget),
             _cell(found, lambda f: f.kept, share=True),
+            _cell(found, lambda f: f.calibrated),
             *(_cell(found, methodcaller("under", label)) for label in labels),
             _cell(found, lambda f: f.margin),
             _cell(found, lambda f: f.own.seconds),
@@ -238,7 +246,12 @@ def _table(groups: Mapping[str, Sequence[Examined]], best: str, title: str) -> T
             ]
             cells = [TableCell(text=human(name)), TableCell(text="–"), _cell(some, methodcaller("of", name, "forget"))]
             kept = _cell(some, methodcaller("share_of", name), share=True)
-            rows.append(TableRow(cells=[*cells, kept, *known, TableCell(text="–"), TableCell(text="–")], role=name))
+            rows.append(
+                TableRow(
+                    cells=[*cells, kept, TableCell(text="–"), *known, TableCell(text="–"), TableCell(text="–")],
+                    role=name,
+                )
+            )
     return Table(title=title, columns=columns, rows=rows)
 
 

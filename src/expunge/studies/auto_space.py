@@ -32,23 +32,35 @@ VARIATIONS: Mapping[str, Mapping[str, Any]] = {
     "constant": {"train": {"schedule": "constant"}},
     "strong-keep": {"retain": {"nll": 0.0, "kl": 8.0}},
     "sharpness-aware": {"sam": 0.02},
+    "relearning-aware": {"relearning": {"steps": 2, "lr": 1e-4}},
     "projected": {"gradient_projection": True},
     "npo": {"method": "npo"},
     "wga": {"method": "wga"},
     "states": {"method": "adaptive_rmu", "tokens": "all"},
 }
 
+#: Variation → what each of its specialists says beside `method: auto`; they are merged by TIES.
+MERGED: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "merged": {
+        "over": {"parameters": _DEEP, "null_space": None},
+        "under": {"retain": {"nll": 0.0, "kl": 8.0}},
+    }
+}
+
+#: The published merge of an over- and an under-forgetting specialist, as a rival.
+ZJUKLAB = "zjuklab"
 #: Published objectives beside which `auto` stands unless others are named.
-RIVALS = ("npo", "grad_diff", "simnpo", "sugd")
+RIVALS = ("npo", "grad_diff", "simnpo", "sugd", ZJUKLAB)
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """One way to unlearn: of `family`, one entry of a recipe."""
+    """One way to unlearn: of `family`, one entry of a recipe, or specialists that say more and are merged."""
 
     name: str
     family: str
     entry: Mapping[str, Any] = field(default_factory=dict)
+    specialists: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def is_auto(self) -> bool:

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from expunge.errors import UserError, did_you_mean
 from expunge.recipe import Recipe, load_recipe, parse_overrides
-from expunge.recipe.model import Frozen
+from expunge.recipe.base import Frozen
 from expunge.registry import Registry
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: Name of the unlearn entry whose settings all trials start from: `--set unlearn.trial.train.epochs=3`.
 ENTRY = "trial"
+#: How small models are taught; others are as in the demo.
+_PRESETS = {"tiny": "demo-tiny", "fresh-5m": "scratch"}
 
 
 _COMMA = re.compile(r",(?![^\[]*\])")
@@ -161,10 +163,10 @@ def build_options(chosen: Study, given: Mapping[str, Any]) -> Any:
 def study_recipe(chosen: Study, options: StudyOptions, overrides: Sequence[str]) -> Recipe:
     """The recipe that all trials of a study share. Raises UserError."""
     _check_overrides(chosen, overrides)
-    preset = load_recipe(preset="demo-tiny" if options.model == "tiny" else "demo").model_dump(mode="json")
+    preset = load_recipe(preset=_PRESETS.get(options.model, "demo")).model_dump(mode="json")
     data: dict[str, Any] = {name: getattr(options, name) for name in ("forget", "retain", "retain_unseen")}
     if options.forget is None:
-        benchmark = options.benchmark or "fictitious"
+        benchmark = options.benchmark or preset["data"]["benchmark"]
         data = {"benchmark": benchmark, **{name: preset["data"][name] for name in ("template", "max_length")}}
     if options.template is not None:
         data["template"] = options.template

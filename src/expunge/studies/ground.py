@@ -202,16 +202,19 @@ class Ground:
 
         inner = self._inner(trial)
         job = inner.job(trial.entry, self.variants["target"], self._lacking)
-        return self._told(run_trial(inner, trial.name, self.variants["target"], self.rows, job), trial)
+        return self._told(run_trial(inner, trial.name, self.variants["target"], self.rows, job), trial.about)
 
     def checkpoint(self, trial: Planned) -> Variant | None:
         """A trial whose model is kept, in `zoo/`, for what is to be done to it; None if its training broke off."""
+        made = self.trained(trial, f"zoo/{trial.name}")
+        return None if made is None else self.scored(trial.name, made, trial.about)
+
+    def scored(self, name: str, made: Variant, about: Mapping[str, Any]) -> Variant:
+        """Score a model that was made as a trial, and count it as one."""
         from expunge.pipeline.trials import run_trial
 
-        made = self.trained(trial, f"zoo/{trial.name}")
-        if made is not None:
-            scored = run_trial(self._inner(trial), trial.name, made, self.rows)
-            self._told(replace(scored, seconds=scored.seconds + made.seconds), trial)
+        scored = run_trial(self.stages, name, made, self.rows)
+        self._told(replace(scored, seconds=scored.seconds + made.seconds), about)
         return made
 
     def trained(self, trial: Planned, place: str, recorder: Recorder | None = None) -> Variant | None:
@@ -243,8 +246,8 @@ class Ground:
 
         return Stages(self._resolved(trial.entry), self.directory, self.stages.root, self.stages.reporter)
 
-    def _told(self, result: TrialResult, trial: Planned) -> Outcome:
-        outcome = self._keep(result, trial.about)
+    def _told(self, result: TrialResult, about: Mapping[str, Any]) -> Outcome:
+        outcome = self._keep(result, about)
         if not result.skipped:
             self._fresh += 1
             self.stages.reporter.line(f"    {self._said(outcome)}{self._left()}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, Field, model_validator
 
 from expunge.studies.base import Names, Numbers, StudyOptions, study
+from expunge.studies.zjuklab_training import RATE
 
 if TYPE_CHECKING:
     from expunge.report.document import Document
@@ -49,7 +50,7 @@ class Zjuklab(StudyOptions):
     """Options of `zjuklab`."""
 
     seeds: int = Field(3, gt=0, description="pairs of specialists, each merged on its own")
-    rate: float = Field(1e-4, gt=0, description="learning rate of the specialists (published)")
+    rate: float = Field(RATE, gt=0, description="learning rate of the specialists (published)")
     epochs: float = Field(5.0, gt=0, description="passes over the forget rows (published); the first is warm-up")
     rank: int = Field(32, gt=0, description="of the adapters (published)")
     alpha: float = Field(32.0, gt=0, description="scale of the adapters times their rank (published)")

@@ -38,6 +38,8 @@ class Weights:
     rows: int
 
 
+#: Published learning rate, of adapters.
+RATE = 1e-4
 PUBLISHED = {OVER: Weights(0.4, 0.4, 0.2, 4), UNDER: Weights(0.3, 0.3, 0.4, 8), ALONE: Weights(0.4, 0.0, 0.0, 4)}
 
 
