@@ -12,8 +12,9 @@ from expunge.numbers import rate_for_size
 from expunge.recipe import STRANGERS, Recipe, UnlearnConfig
 
 NAME = "auto"
-#: Optimizer steps of a small forget set, and passes over a large one, whichever is more.
-STEPS, PASSES = 72, 3
+#: Optimizer steps; passes over a large forget set, even if that is more; passes that are enough for a small one, if
+#: they make so many steps.
+STEPS, PASSES, ENOUGH_PASSES, LEAST_STEPS = 150, 3, 20, 72
 BATCH, RETAIN_BATCH = 8, 14
 #: Neighbours of a forget row, at least this many of all rows together.
 EACH, NEIGHBOURS = 4, 120
@@ -21,7 +22,7 @@ EACH, NEIGHBOURS = 4, 120
 KEEP, ENOUGH = 0.95, 40
 
 
-#: Rates, and the size of the model that they were found on; larger models get smaller ones.
+#: Rates, and the size of the model that they were found on; larger models get smaller ones, smaller larger.
 RATE, ADAPTER_RATE, SIZE = 2e-4, 3e-4, 135e6
 #: How far updates keep out of what retain rows use.
 NULL_SPACE = 3.0
@@ -52,7 +53,9 @@ def _entry(entry: UnlearnConfig, recipe: Recipe, given: Given) -> tuple[UnlearnC
     lacking, forget_rows = _lacking(recipe), given.forget_rows
     rate = RATE if entry.lora is None else ADAPTER_RATE
     batch = min(BATCH, max(forget_rows, 1))
-    epochs = max(PASSES, ceil(STEPS * batch / max(forget_rows, 1)))
+    per_step = batch / max(forget_rows, 1)
+    most = max(ENOUGH_PASSES, ceil(LEAST_STEPS * per_step))
+    epochs = max(PASSES, min(most, ceil(STEPS * per_step)))
     each = max(1, min(EACH, ceil(NEIGHBOURS / max(forget_rows, 1))))
     chosen: dict[str, Any] = {
         "retain": {"nll": 0.0, "kl": 2.0},
@@ -61,7 +64,7 @@ def _entry(entry: UnlearnConfig, recipe: Recipe, given: Given) -> tuple[UnlearnC
         "train": {
             "epochs": epochs,
             "batch_size": batch,
-            "lr": rate_for_size(rate, SIZE, max(given.parameters, SIZE)),
+            "lr": rate_for_size(rate, SIZE, given.parameters or SIZE),
             "schedule": "linear",
             "warmup": 0.07,
         },
