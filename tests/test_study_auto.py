@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from expunge.errors import UserError
 from expunge.models.load import load_model
 from expunge.recipe import ModelConfig
 from expunge.recipe.model import Thresholds
+from expunge.studies.auto_beside import Beside
 from expunge.studies.auto_page import Examined, chosen_of, document
 from expunge.studies.auto_space import AUTO, MERGED, VARIATIONS, Entrant
 from study_fixture import fake_ground, options_and_recipe, outcome, yardsticks
@@ -69,6 +71,21 @@ def test_the_page_has_means_over_people(reported: bool):
     assert made.results["chosen"] == "auto-default"
 
 
+def test_what_broke_beside_the_subject_stands_in_the_table():
+    options, recipe = options_and_recipe("auto")
+    said = {"auto-default": Beside(0.7, 0.25, None), "target": Beside(0.8, 0.125, 3.0)}
+    one = replace(found("auto-default", 0.05, 0.8), beside=said)
+    table = document(fake_ground(recipe, []), options, [one], [one], []).sections[0].tables[0]
+    places = [
+        place for place, column in enumerate(table.columns) if column.label in ("General", "Repetition", "Perplexity")
+    ]
+    shown = {row.role: [row.cells[place].text for place in places] for row in table.rows}
+    assert shown == {
+        "result": ["0.700", "0.250", "–"], "target": ["0.800", "0.125", "3.000"], "reference": ["–"] * 3,
+        "original": ["–"] * 3,
+    }  # fmt: skip
+
+
 def test_a_page_without_any_model_says_so():
     options, recipe = options_and_recipe("auto")
     assert "no model was finished" in document(fake_ground(recipe, []), options, [], [], []).answer
@@ -122,6 +139,8 @@ def test_a_whole_study_reports_on_other_people(whole: tuple[Path, Any]):
     for one in found["tried"]:
         assert one["calibrated"] is not None
         assert one["calibrated"] <= 1
+        assert set(one["beside"]) == {one["name"], "original", "target", "reference"}
+        assert all(0 <= values["general"] <= 1 for values in one["beside"].values())
     assert {one["people"] for one in found["reported"]} == {7}
     assert {label for one in found["tried"] for label in one["attacks"]} == {"relearn 2steps", "quantize nf4"}
     target, model = (
@@ -144,7 +163,7 @@ def test_a_second_run_does_nothing(whole: tuple[Path, Any]):
 def test_specialists_are_merged_and_scaled_as_a_whole(tmp_path: Path):
     given = {
         "benchmark": "fictitious:40", "variations": "merged", "rivals": "zjuklab", "rates": "1e-3", "epochs": "2",
-        "steps": "8", "attacks": "quantize", "parameters": "quantize.schemes=[nf4]",
+        "steps": "8", "attacks": "quantize", "parameters": "quantize.schemes=[nf4]", "beside": "false",
     }  # fmt: skip
     result = api.study("auto", model="tiny", output=tmp_path / "out", overrides=TAUGHT, quiet=True, **given)
     tried = {one["name"]: one for one in result.document.results["tried"]}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from expunge.errors import UserError, did_you_mean
+from expunge.studies.auto_beside import Beside, beside
 from expunge.studies.auto_models import JUDGED, VALIDATION, calibrated, model_of, planned, scale_of
 from expunge.studies.auto_page import SUMMARY, Examined, chosen_of, document
 from expunge.studies.auto_space import AUTO, DEFAULT, MERGED, RIVALS, VARIATIONS, ZJUKLAB, Entrant
@@ -39,6 +40,7 @@ class Auto(StudyOptions):
     attacks: Names = Field(ATTACKS, description="what is done to every model (expunge list attacks)")
     parameters: Names = Field(SETTINGS, description="settings of attacks, e.g. relearn.steps=40")
     limit: int = Field(24, gt=0, description="rows of each split but forget that are measured under attack")
+    beside: bool = Field(True, description="measure general knowledge and fluency too")
     validation: float = Field(0.2, gt=0, lt=1, description="part of the retain rows that the scaling looks at")
 
     @model_validator(mode="after")
@@ -155,6 +157,7 @@ def _examined(ground: Ground, options: Auto, entrants: Sequence[Entrant], attack
             left[entrant.name] = calibrated(ground, options, entrant.name, variant, scale_of(ground, entrant.name))
     if not models:
         return []
+    others = _beside(ground, options, {name: variant for name, (_, variant) in models.items()})
     record = _attacked(ground, options, {name: variant for name, (_, variant) in models.items()}, attacks)
     return [
         Examined(
@@ -164,9 +167,16 @@ def _examined(ground: Ground, options: Auto, entrants: Sequence[Entrant], attack
             scale_of(ground, name),
             _standings(record, name, first=name == next(iter(models))),
             left[name],
+            {who: others[who] for who in (name, *ground.variants) if who in others},
         )
         for name, (entrant, _) in models.items()
     ]
+
+
+def _beside(ground: Ground, options: Auto, models: Mapping[str, Variant]) -> dict[str, Beside]:
+    """General knowledge and fluency of every model and of what it is held against."""
+    everything = {**ground.variants, **models} if options.beside else {}
+    return {name: beside(ground, name, variant, options.limit) for name, variant in everything.items()}
 
 
 def _attacked(ground: Ground, options: Auto, models: Mapping[str, Variant], attacks: Sequence[Any]) -> AttackRecord:

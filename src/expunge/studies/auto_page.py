@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from operator import methodcaller
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from expunge.report.document import Column, Document, Section, Table, TableCell, TableRow
 from expunge.report.figure_data import Plane, Spot
@@ -16,12 +16,19 @@ from expunge.studies.rules import Measured, pareto_front, spread
 if TYPE_CHECKING:
     from expunge.recipe.model import Thresholds
     from expunge.studies.auto import Auto
+    from expunge.studies.auto_beside import Beside
     from expunge.studies.ground import Ground, Outcome
 
 SUMMARY = "what `auto` is chosen from, each scaled to keep enough and attacked, and how it stands on other people"
 VALIDATION, JUDGED = "validation", "retain_unseen"
 #: Variants that everything is held against.
 _YARDSTICKS = ("original", "target", "reference")
+#: Measures beside the subject: column, direction, hint.
+_BESIDE: Mapping[str, tuple[str, Literal["↑", "↓"], str]] = {
+    "general": ("General", "↑", "accuracy on general knowledge; chance is 0.25"),
+    "repetition": ("Repetition", "↓", "part of the runs of four words in greedy texts that stood there before"),
+    "perplexity": ("Perplexity", "↓", "of the greedy texts, under the reference"),
+}
 
 #: Attack point → (strength of the model, that of the reference).
 Standings = Mapping[str, tuple[float, float | None]]
@@ -37,6 +44,7 @@ class Examined:
     scale: float | None
     attacks: Standings
     calibrated: float | None = None  # what is left where unseen rows keep enough
+    beside: Mapping[str, Beside] = field(default_factory=dict)  # of it and of its yardsticks
 
     @property
     def own(self) -> Outcome:
@@ -51,6 +59,12 @@ class Examined:
     def kept(self) -> float:
         """Part of the target's strength on unseen rows that is left."""
         return self.own[JUDGED] / (self.of("target", JUDGED) or 1.0)
+
+    def besides(self, measure: str, variant: str | None = None) -> float | None:
+        """General knowledge or fluency of it, or of a yardstick."""
+        found = self.beside.get(variant or self.entrant.name)
+        value: float | None = getattr(found, measure, None)
+        return value
 
     def under(self, label: str) -> float | None:
         """Its strength at an attack point."""
@@ -158,6 +172,7 @@ def _plain(found: Examined) -> dict[str, object]:
         "calibrated": found.calibrated,
         "margin": found.margin,
         "attacks": {label: list(pair) for label, pair in found.attacks.items()},
+        "beside": {name: asdict(values) for name, values in found.beside.items()},
         "seconds": found.own.seconds,
     }
 
@@ -210,6 +225,7 @@ def _cell(found: Sequence[Examined], read: Callable[[Examined], float | None], s
 
 def _table(groups: Mapping[str, Sequence[Examined]], best: str, title: str) -> Table:
     labels = list(dict.fromkeys(label for found in groups.values() for one in found for label in one.attacks))
+    beside = any(one.beside for found in groups.values() for one in found)
     columns = [
         Column(label="Model", number=False),
         Column(label="Scale", hint="of the update, so that validation rows keep enough"),
@@ -222,6 +238,7 @@ def _table(groups: Mapping[str, Sequence[Examined]], best: str, title: str) -> T
         ),
         *(Column(label=human(label), arrow="↓", hint="strength on the forget rows then") for label in labels),
         Column(label="Worst margin", arrow="↓", hint="largest distance to the reference under any attack"),
+        *(Column(label=label, arrow=arrow, hint=hint) for label, arrow, hint in _BESIDE.values() if beside),
         Column(label="Seconds", hint="training and scoring"),
     ]
     rows = []
@@ -234,6 +251,7 @@ def _table(groups: Mapping[str, Sequence[Examined]], best: str, title: str) -> T
             _cell(found, lambda f: f.calibrated),
             *(_cell(found, methodcaller("under", label)) for label in labels),
             _cell(found, lambda f: f.margin),
+            *(_cell(found, methodcaller("besides", measure)) for measure in _BESIDE if beside),
             _cell(found, lambda f: f.own.seconds),
         ]
         rows.append(TableRow(cells=cells, role="result" if name == best else "specialist"))
@@ -246,12 +264,9 @@ def _table(groups: Mapping[str, Sequence[Examined]], best: str, title: str) -> T
             ]
             cells = [TableCell(text=human(name)), TableCell(text="–"), _cell(some, methodcaller("of", name, "forget"))]
             kept = _cell(some, methodcaller("share_of", name), share=True)
-            rows.append(
-                TableRow(
-                    cells=[*cells, kept, TableCell(text="–"), *known, TableCell(text="–"), TableCell(text="–")],
-                    role=name,
-                )
-            )
+            nothing = TableCell(text="–")
+            others = [_cell(some, methodcaller("besides", measure, name)) for measure in _BESIDE if beside]
+            rows.append(TableRow(cells=[*cells, kept, nothing, *known, nothing, *others, nothing], role=name))
     return Table(title=title, columns=columns, rows=rows)
 
 
