@@ -163,11 +163,12 @@ def test_a_second_run_does_nothing(whole: tuple[Path, Any]):
 def test_specialists_are_merged_and_scaled_as_a_whole(tmp_path: Path):
     given = {
         "benchmark": "fictitious:40", "variations": "merged", "rivals": "zjuklab", "rates": "1e-3", "epochs": "2",
-        "steps": "8", "attacks": "quantize", "parameters": "quantize.schemes=[nf4]", "beside": "false",
+        "steps": "8", "attacks": "", "beside": "false",
     }  # fmt: skip
     result = api.study("auto", model="tiny", output=tmp_path / "out", overrides=TAUGHT, quiet=True, **given)
     tried = {one["name"]: one for one in result.document.results["tried"]}
     assert list(tried) == ["auto-default", "auto-merged", "zjuklab-lr1e-2"]
+    assert not any(one["attacks"] or one["beside"] for one in tried.values())
     for name in ("auto-merged", "zjuklab-lr1e-2"):
         place = tmp_path / "out" / "zoo" / name
         scale = json.loads((place / "stage.json").read_text())["outputs"]["scale"]

@@ -37,7 +37,9 @@ class Auto(StudyOptions):
     epochs: float = Field(10.0, gt=0, description="passes of the rivals over the forget rows")
     steps: int | None = Field(None, gt=0, description="optimizer steps of every training at most")
     report: Whole = Field((), description="seeds of other people on whom the chosen one and the rivals are reported")
-    attacks: Names = Field(ATTACKS, description="what is done to every model (expunge list attacks)")
+    attacks: Names = Field(
+        ATTACKS, description="what is done to every model (expunge list attacks); none: --attacks ''"
+    )
     parameters: Names = Field(SETTINGS, description="settings of attacks, e.g. relearn.steps=40")
     limit: int = Field(24, gt=0, description="rows of each split but forget that are measured under attack")
     beside: bool = Field(True, description="measure general knowledge and fluency too")
@@ -157,15 +159,16 @@ def _examined(ground: Ground, options: Auto, entrants: Sequence[Entrant], attack
             left[entrant.name] = calibrated(ground, options, entrant.name, variant, scale_of(ground, entrant.name))
     if not models:
         return []
-    others = _beside(ground, options, {name: variant for name, (_, variant) in models.items()})
-    record = _attacked(ground, options, {name: variant for name, (_, variant) in models.items()}, attacks)
+    found = {name: variant for name, (_, variant) in models.items()}
+    others = _beside(ground, options, found)
+    record = _attacked(ground, options, found, attacks) if attacks else None
     return [
         Examined(
             entrant,
             ground.whole.recipe.seed,
             dict(ground.outcomes),
             scale_of(ground, name),
-            _standings(record, name, first=name == next(iter(models))),
+            {} if record is None else _standings(record, name, first=name == next(iter(models))),
             left[name],
             {who: others[who] for who in (name, *ground.variants) if who in others},
         )
@@ -220,4 +223,4 @@ def _attacks(options: Auto) -> list[Any]:
     from expunge.studies.uwc import attacks_with
 
     ours = [one for one in options.parameters if one not in SETTINGS or one.partition(".")[0] in options.attacks]
-    return attacks_with(options.attacks, ours)
+    return attacks_with(options.attacks, ours) if options.attacks else []

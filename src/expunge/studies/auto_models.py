@@ -47,15 +47,18 @@ def _entries(entrant: Entrant) -> Mapping[str, Mapping[str, Any]]:
 
 def _written(ground: Ground, options: Auto, family: str, name: str, said: Mapping[str, Any]) -> UnlearnConfig:
     """The entry of a training: what `auto` writes out for these rows, or the rivals' own."""
-    from expunge.pipeline.auto import Given, decided
+    from expunge.numbers import rate_for_size
+    from expunge.pipeline.auto import SIZE, Given, decided
     from expunge.recipe import UnlearnConfig
     from expunge.studies.objectives import layer_setting
 
     seed = ground.whole.recipe.seed
     if family != AUTO:
         return ground.entry(name=name, seed=seed, **said)
-    objective = said.get("method")
-    asked = {"keep": options.share, "seed": seed, **said, "name": name, "method": AUTO}
+    objective, train = said.get("method"), dict(said.get("train", {}))
+    if "lr" in train:
+        train["lr"] = rate_for_size(train["lr"], SIZE, ground.parameters)
+    asked = {"keep": options.share, "seed": seed, **said, "train": train, "name": name, "method": AUTO}
     recipe = ground.whole.recipe.model_copy(update={"unlearn": [UnlearnConfig.model_validate(asked)]})
     rows = ground.resolved.rows
     given = Given(len(rows["forget"]), len(rows["retain"]), ground.parameters)

@@ -13,7 +13,8 @@ DEFAULT = "default"
 
 _DEEP = {"ceiling": -4.0, "bottom": -30.0, "depth": 6.0}
 
-#: Variation → what an entry says beside `method: auto`: floor, tokens, matrices, schedule, wrappers, objective.
+#: Variation → what an entry says beside `method: auto`: floor, tokens, matrices, schedule, wrappers, objective. Rates are
+#: those of a model of 135M parameters, and are scaled for others.
 VARIATIONS: Mapping[str, Mapping[str, Any]] = {
     DEFAULT: {},
     "deep": {"parameters": _DEEP},
@@ -29,6 +30,7 @@ VARIATIONS: Mapping[str, Mapping[str, Any]] = {
     "no-strangers": {"neighbours": None},
     "down-proj": {"trainable": [r"\.mlp\.down_proj\."], "train": {"lr": 4e-4}},
     "half-length": {"train": {"max_steps": 36}},
+    "twice-as-long": {"train": {"epochs": 40}},
     "constant": {"train": {"schedule": "constant"}},
     "strong-keep": {"retain": {"nll": 0.0, "kl": 8.0}},
     "sharpness-aware": {"sam": 0.02},
