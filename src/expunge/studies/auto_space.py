@@ -13,8 +13,8 @@ DEFAULT = "default"
 
 _DEEP = {"ceiling": -4.0, "bottom": -30.0, "depth": 6.0}
 
-#: Variation → what an entry says beside `method: auto`: floor, tokens, matrices, schedule, wrappers, objective. Rates are
-#: those of a model of 135M parameters, and are scaled for others.
+#: Variation → what an entry says beside `method: auto`: floor, tokens, matrices, schedule, wrappers, objective. Rates
+#: are those of a model of 135M parameters, and are scaled for others.
 VARIATIONS: Mapping[str, Mapping[str, Any]] = {
     DEFAULT: {},
     "deep": {"parameters": _DEEP},
