@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from expunge.models.drift import open_tensors
@@ -21,18 +20,17 @@ EPSILON = 0.02
 _LITTLE = 0.1
 
 
-def scale_down(model: nn.Module, start: ModelConfig, keep: Keep, precision: str) -> tuple[float, str]:
+def scale_down(model: nn.Module, start: ModelConfig, keep: Keep) -> tuple[float, str]:
     """Leave a trained model at the largest α of θ_start + α Δ that keeps enough; α, and why it is this one.
 
-    Strength is extraction strength, α is searched as in calibration (arXiv:2406.09179) on rows that no step saw. The
-    first process searches. Raises UserError for adapters that can't be scaled.
+    Strength is extraction strength, α is searched as in calibration (arXiv:2406.09179) on rows that no step saw, with
+    the weights as they will be saved: half precision would flip ties. The first process searches. Raises UserError for
+    adapters that can't be scaled.
     """
     mixture = mixed(model, open_tensors(start))
-    device = next(model.parameters()).device
     alpha, words = 1.0, ""
     if process_rank() == 0:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            alpha, words = _searched(Passes(lambda: mixture, CalibrationRows(keep.rows, ())), keep)
+        alpha, words = _searched(Passes(lambda: mixture, CalibrationRows(keep.rows, ())), keep)
     alpha, words = broadcast((alpha, words))
     mixture.settle(alpha)
     return alpha, words

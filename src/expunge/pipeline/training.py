@@ -101,7 +101,7 @@ def fit(job: Job, work: Path, **watchers: Any) -> Iterator[Fitted]:
     del model
     if job.keep is not None:
         gc.collect()  # the optimizer's states make room for a copy of what was trained
-        result.scale, said = scale_down(result.model, job.model, job.keep, job.train.precision)
+        result.scale, said = scale_down(result.model, job.model, job.keep)
         result.note = f"{result.note}; {said}" if result.note else said
     yield result
     # a trainer and its model refer to each other: without this, the next stage's model would stand beside this one

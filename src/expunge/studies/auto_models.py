@@ -103,7 +103,7 @@ def _merged(ground: Ground, options: Auto, name: str, specialists: list[Variant]
         paths = [variant.config.id for variant in specialists]
         merge_models(paths, merged, base=target.config.id, method=MERGE, density=DENSITY)
         loaded = load_model(target.config.model_copy(update={"id": str(merged)}))
-        scale, note = scale_down(loaded.model, target.config, Keep(options.share, rows), "bfloat16")
+        scale, note = scale_down(loaded.model, target.config, Keep(options.share, rows))
         save_model(loaded.model, loaded.tokenizer, folder / "out")
         shutil.rmtree(merged)
         return {"scale": scale, "note": note}
