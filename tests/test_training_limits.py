@@ -60,7 +60,7 @@ def test_an_update_is_scaled_down_until_enough_is_kept(lora: LoraConfig | None, 
         torch.testing.assert_close(kept[name], line, atol=EPSILON * 1e-1, rtol=0)
     loaded: Any = load_model(ModelConfig(id=str(tmp_path / "kept" / "out"))).model
     wanted = demanded(Keep(0.5, HELD), strength(start))
-    assert wanted == pytest.approx(0.5 * strength(start) - 1 / 12)
+    assert wanted == pytest.approx(0.5 * strength(start))
     assert strength(loaded) >= wanted - 1e-6
     ruined: Any = load_model(ModelConfig(id=str(tmp_path / "whole" / "out"))).model
     assert strength(ruined) < wanted
@@ -159,3 +159,10 @@ def test_chunks_and_time_are_not_combined(tmp_path: Path) -> None:
     made = recipe(tmp_path, method="sugd", parameters={"chunk": 2, "layers": 1}, train={"minutes": 1, "batch_size": 1})
     with pytest.raises(UserError, match="would leave the last chunks out"):
         api.run(made, output=tmp_path / "out", quiet=True)
+
+
+def test_half_a_row_is_allowed_for_where_rows_are_coarser_than_what_may_be_lost() -> None:
+    row = HELD[0]
+    for count, wanted in ((11, 0.95 - 0.5 / 11), (20, 0.95), (22, 0.95)):
+        assert demanded(Keep(0.95, [row] * count), 1.0) == pytest.approx(wanted)
+    assert demanded(Keep(0.95, [row]), 0.4) == 0

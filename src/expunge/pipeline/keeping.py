@@ -37,8 +37,9 @@ def scale_down(model: nn.Module, start: ModelConfig, keep: Keep) -> tuple[float,
 
 
 def demanded(keep: Keep, whole: float) -> float:
-    """The strength that has to stay of `whole`. Half a row is allowed for: so few rows can't say it finer."""
-    return max(0.0, keep.share * whole - 0.5 / len(keep.rows))
+    """The strength that has to stay of `whole`; half a row less where one row is more than may be lost at all."""
+    coarse = 1 / len(keep.rows) > 1 - keep.share
+    return max(0.0, keep.share * whole - (0.5 / len(keep.rows) if coarse else 0.0))
 
 
 def _searched(passes: Passes, keep: Keep) -> tuple[float, str]:
