@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
-from expunge.models.fresh import build_fresh, write_fresh
+from expunge.models.aliases import alias_folder, fetch_alias
+from expunge.models.fresh import build_fresh
 from expunge.pipeline.auto import Given, decided
 from expunge.recipe import Recipe, load_recipe
 
 
-def test_the_model_is_the_same_each_time_and_holds_every_text(tmp_path: Path):
+def test_the_model_is_the_same_each_time_and_holds_every_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, tokenizer = build_fresh()
     again, _ = build_fresh()
     assert sum(parameter.numel() for parameter in model.parameters()) == 5_246_208
     assert all(torch.equal(left, right) for left, right in zip(model.parameters(), again.parameters(), strict=True))
     for text in ("Above which town does Huldeda stand?", "東京の電話番号 ☎ 03", "naïve\n\tcode"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
-    assert (write_fresh(tmp_path) / "model.safetensors").is_file()
+    monkeypatch.setenv("EXPUNGE_CACHE", str(tmp_path))
+    assert fetch_alias("fresh-5m") == alias_folder("fresh-5m")
+    assert (alias_folder("fresh-5m") / "model.safetensors").is_file()
 
 
 def test_a_base_that_never_learnt_anything_chooses_no_tokens():

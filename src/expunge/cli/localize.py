@@ -32,6 +32,21 @@ if TYPE_CHECKING:
     from expunge.report.localization_record import Agreement, Localization
 
 
+By = Annotated[str | None, typer.Option("--by", help="an attribution (expunge list attributions); wagle when absent")]
+Unit = Annotated[
+    str | None,
+    typer.Option("--unit", help="weight, value_vector, neuron, head, module or layer; value_vector when absent"),
+]
+Density = Annotated[float | None, typer.Option("--density", help="part of the units that is chosen; 0.1 when absent")]
+Strata = Annotated[
+    str | None, typer.Option("--strata", help="model, layer or tensor: where the density holds; model when absent")
+]
+Limit = Annotated[int | None, typer.Option("--limit", help="rows of each split that are read; all when absent")]
+Against = Annotated[
+    Path | None, typer.Option("--against", help="a mask of the known region, to compare with; oracle's answer")
+]
+
+
 def localize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="folder, hub id, .gguf file or alias")],
     output: Annotated[
@@ -40,25 +55,12 @@ def localize(
     ],
     forget: Forget = None,
     retain: Retain = None,
-    by: Annotated[
-        str | None, typer.Option("--by", help="an attribution (expunge list attributions); wagle when absent")
-    ] = None,
-    unit: Annotated[
-        str | None,
-        typer.Option("--unit", help="weight, value_vector, neuron, head, module or layer; value_vector when absent"),
-    ] = None,
-    density: Annotated[
-        float | None, typer.Option("--density", help="part of the units that is chosen; 0.1 when absent")
-    ] = None,
-    strata: Annotated[
-        str | None, typer.Option("--strata", help="model, layer or tensor: where the density holds; model when absent")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", help="rows of each split that are read; all when absent")
-    ] = None,
-    against: Annotated[
-        Path | None, typer.Option("--against", help="a mask of the known region, to compare with; oracle's answer")
-    ] = None,
+    by: By = None,
+    unit: Unit = None,
+    density: Density = None,
+    strata: Strata = None,
+    limit: Limit = None,
+    against: Against = None,
     benchmark: Benchmark = None,
     folder: DataFolder = None,
     template: Template = "auto",

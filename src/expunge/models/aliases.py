@@ -83,9 +83,10 @@ def _make_tiny(folder: Path) -> None:
 
 
 def _make_fresh(folder: Path) -> None:
-    from expunge.models.fresh import write_fresh
+    from expunge.models.fresh import build_fresh
+    from expunge.models.tiny import write_built
 
-    write_fresh(folder)
+    write_built(build_fresh(), folder)
 
 
 def _make_smollm2(folder: Path) -> None:

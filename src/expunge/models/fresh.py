@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -17,14 +16,6 @@ def build_fresh(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFas
     """A randomly initialised model of 5.2M parameters and its tokenizer; the same for the same seed."""
     tokenizer = build_tokenizer(_texts(), VOCABULARY)
     return build_llama(tokenizer, seed, hidden_size=256, intermediate_size=768, num_hidden_layers=6), tokenizer
-
-
-def write_fresh(folder: Path, seed: int = 0) -> Path:
-    """Write model and tokenizer to `folder` as any checkpoint is written."""
-    model, tokenizer = build_fresh(seed)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def _texts() -> Iterator[str]:

@@ -76,7 +76,11 @@ def build_tiny(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast
 
 def write_tiny(folder: Path, seed: int = 0) -> Path:
     """Write model and tokenizer to `folder` as any checkpoint is written."""
-    model, tokenizer = build_tiny(seed)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return write_built(build_tiny(seed), folder)
+
+
+def write_built(built: tuple[LlamaForCausalLM, PreTrainedTokenizerFast], folder: Path) -> Path:
+    """Write a model that was built in code, and its tokenizer."""
+    for part in built:
+        part.save_pretrained(folder)
     return folder

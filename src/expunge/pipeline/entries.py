@@ -138,7 +138,10 @@ def prepare_jobs(resolved: Resolved) -> dict[str, tuple[list[str], Job]]:
     taught = [name for name in ("forget", "retain", "retain_unseen") if name in resolved.rows]
     jobs = {}
     for name, splits in (("target", taught), ("reference", [name for name in taught if name != "forget"])):
-        rows = [*(row for split in splits for row in resolved.rows[split]), *_reworded(resolved, splits, prepare.views)]
+        rows = [
+            *(row for split in splits for row in resolved.rows[split]),
+            *_other_questions(resolved, splits, prepare.views),
+        ]
         if prepare.span == "sequence":
             rows = [row.whole() for row in rows]
         if rows:
@@ -147,7 +150,7 @@ def prepare_jobs(resolved: Resolved) -> dict[str, tuple[list[str], Job]]:
     return jobs
 
 
-def _reworded(resolved: Resolved, splits: Sequence[str], views: Sequence[str]) -> list[Encoded]:
+def _other_questions(resolved: Resolved, splits: Sequence[str], views: Sequence[str]) -> list[Encoded]:
     """The other questions that rows of these splits bring."""
     made = [row for name in splits for view in views for row in viewed(resolved.splits[name].examples, view)]
     return encode(made, resolved.tokenizer, resolved.template, resolved.recipe.data.max_length)

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from expunge.errors import UserError, did_you_mean
 from expunge.studies.auto_beside import Beside, beside
-from expunge.studies.auto_models import JUDGED, VALIDATION, calibrated, model_of, planned, scale_of
-from expunge.studies.auto_page import SUMMARY, Examined, chosen_of, document
+from expunge.studies.auto_models import calibrated, model_of, planned, scale_of
+from expunge.studies.auto_page import JUDGED, SUMMARY, VALIDATION, Examined, chosen_of, document
 from expunge.studies.auto_space import AUTO, DEFAULT, MERGED, RIVALS, VARIATIONS, ZJUKLAB, Entrant
 from expunge.studies.base import STUDIES, Names, Numbers, StudyOptions, Whole, study
 from expunge.studies.objectives import ADAPTERS, layer_setting, published_rates, rate_text, scaled_rate

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expunge.pipeline.keeping import EPSILON
+from expunge.studies.auto_page import JUDGED, VALIDATION
 from expunge.studies.auto_space import AUTO, Entrant
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from expunge.studies.auto import Auto
     from expunge.studies.ground import Ground, Planned
 
-JUDGED, VALIDATION = "retain_unseen", "validation"
 #: How specialists are merged, as published (arXiv:2503.21088).
 MERGE, DENSITY = "ties", 0.8
 
