@@ -35,7 +35,9 @@ def written(entry, forget_rows=4, given=None, **beside):
     ("entry", "beside", "wanted"),
     [
         ({}, {}, {"method": "erase", "neighbours": 4, "tokens.by": "all", "train.lr": 2e-4, "retain.kl": 2.0}),
-        ({}, {"reference": "r"}, {"tokens.by": "knowledge", "tokens.model": "reference"}),
+        ({}, {"reference": "r"}, {"tokens.by": "knowledge", "tokens.model": "reference", "tokens.prompts": True}),
+        ({"tokens": {"by": "knowledge", "model": "m", "prompts": False}}, {}, {"tokens.prompts": False}),
+        ({"tokens": {"by": "knowledge", "model": "m", "fall": 0.3}}, {}, {"tokens.prompts": False}),
         ({}, {"prepare": {}}, {"tokens.by": "knowledge", "tokens.model": "original"}),
         ({"tokens": "entity"}, {"reference": "r"}, {"tokens.by": "entity"}),
         ({"neighbours": 1, "retain": "kl"}, {}, {"neighbours": 1, "retain.kl": 1.0}),

@@ -12,8 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from expunge import api
+from expunge.data.encode import Encoded
+from expunge.data.example import Example
 from expunge.errors import UserError
-from expunge.pipeline.entries import fallen_tokens, knowledge_tokens, prepare_jobs
+from expunge.pipeline.entries import (
+    Made,
+    fallen_tokens,
+    knowledge_tokens,
+    knowledge_with_prompts,
+    prepare_jobs,
+    unlearn_job,
+)
 from expunge.pipeline.resolve import resolve
 from expunge.pipeline.stages import job_inputs
 from expunge.recipe import Recipe
@@ -59,6 +68,7 @@ def recipe(folder: Path, columns: dict[str, Any] | None = None, **entry: Any) ->
         {"tokens": "entity"},
         {"tokens": {"by": "knowledge", "model": "tiny", "threshold": -6.5}},
         {"tokens": {"by": "knowledge", "model": "tiny", "fall": 0.5}},
+        {"method": "erase", "tokens": {"by": "knowledge", "model": "tiny", "prompts": True}, "retain": "kl"},
         {"sam": 0.01, "gradient_projection": True, "quantile": 0.8, "cap": 9.0, "temperature": 2.0},
         {"method": "rmu", "parameters": {"layer": 1}, "retain": "kl"},
         {"method": "npo", "lora": 4, "stop_when": {"metric": "nll", "above": 1e9, "every": 1}},
@@ -94,6 +104,7 @@ def test_sampled_answers_are_kept_and_used(tmp_path: Path) -> None:
         ({"method": "rmu", "parameters": {"layer": 1}, "cap": 2.0}, {}, "it steers hidden states"),
         ({"method": "task_negation", "lora": 4}, {}, "leave `lora` out"),
         ({"retain": "mse"}, {}, "retain"),
+        ({"tokens": {"by": "all", "prompts": True}}, {}, "`prompts` goes with"),
     ],
 )
 def test_what_can_not_be_had_is_said_before_the_first_step(
@@ -109,6 +120,42 @@ def test_what_can_not_be_had_is_said_before_the_first_step(
 def write_scores(file: Path, logprobs: list[list[float]]) -> Path:
     pq.write_table(pa.table({"logprob": logprobs, "answer_tokens": [len(row) - 1 for row in logprobs]}), file)
     return file
+
+
+def row_of(prompt: int, answer: int) -> Encoded:
+    ids = np.arange(prompt + answer + 1, dtype=np.int32)
+    return Encoded(Example("row", "", ""), ids, prompt_tokens=prompt, answer_tokens=answer, truncated=0)
+
+
+@pytest.mark.parametrize(
+    ("knowing", "masks", "whole"),
+    [
+        ([-0.1, -0.1, -0.1, -9.0, -9.0], [[False, True, True, True, False], [True, False]], True),
+        ([-0.1, -3.0, -0.1, -0.1, -9.0], [[False, False, True, True, False], [True, False]], True),  # half of it
+        ([-0.1, -3.0, -0.8, -0.1, -9.0], [[True, False], [True, False]], False),
+    ],
+)
+def test_prompts_are_of_the_knowledge_where_the_target_has_them_by_heart(
+    knowing: list[float], masks: list[list[bool]], whole: bool, tmp_path: Path
+) -> None:
+    rows = [row_of(prompt=4, answer=1), row_of(prompt=1, answer=1)]
+    without = [[-0.1, -5.0, -4.0, -1.0, -9.0], [-1.0, -9.0]]
+    lacking = write_scores(tmp_path / "lacking.parquet", without)
+    target = write_scores(tmp_path / "target.parquet", [knowing, [-0.1, -0.1]])
+    chosen, values, found = knowledge_with_prompts(rows, lacking, target, -2.0)
+    assert [mask.tolist() for mask in chosen] == masks
+    assert found is whole
+    assert [len(each) for each in values] == [len(mask) for mask in masks]
+    assert values[0][-1] == np.float32(-9.0), "log-probs stay beside their tokens"
+
+
+def test_where_prompts_are_pushed_retain_rows_are_kept_with_theirs(tmp_path: Path) -> None:
+    resolved = resolve(recipe(tmp_path, tokens={"by": "knowledge", "model": "tiny", "prompts": True}))
+    entry, model = resolved.recipe.unlearn[0], resolved.recipe.model
+    for whole, prompts in ((False, {row.prompt_tokens for row in resolved.rows["forget"]}), (True, {1})):
+        job = unlearn_job(resolved, entry, model, Made(whole=whole))
+        assert {row.prompt_tokens for row in job.forget} == prompts
+        assert (max(row.prompt_tokens for row in job.retain) == 1) is whole
 
 
 def test_knowledge_is_where_a_model_without_it_is_surprised(tmp_path: Path) -> None:

@@ -76,6 +76,9 @@ def _entry(entry: UnlearnConfig, recipe: Recipe, given: Given) -> tuple[UnlearnC
     # asked about strangers, the target gives their answers no more than a first surprise: that chooses too few tokens
     chosen["tokens"] = {"by": "knowledge", "model": lacking} if lacking else {"by": "all"}
     said = entry.model_dump(exclude_unset=True)
+    tokens = _over(chosen["tokens"], said.get("tokens", {}))
+    if tokens["by"] == "knowledge" and tokens.get("model") != STRANGERS and tokens.get("fall") is None:
+        chosen["tokens"]["prompts"] = True
     made = UnlearnConfig.model_validate(_over(chosen, said) | {"method": "erase"})
     return made, _sentence(made)
 
@@ -100,7 +103,8 @@ def _sentence(entry: UnlearnConfig) -> str:
     if entry.tokens.by == "knowledge":
         without = "the target when it is asked about strangers"
         without = without if entry.tokens.model == STRANGERS else f"the model '{entry.tokens.model}'"
-        tokens = f"on the tokens that surprise {without}"
+        too = " (of prompts too, where they were learnt)" if entry.tokens.prompts else ""
+        tokens = f"on the tokens that surprise {without}{too}"
     else:
         tokens = f"on {entry.tokens.by} tokens"
     guarded = "" if entry.null_space is None else "; updates keep out of the directions that these rows use"

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from expunge.data.encode import Encoded
-from expunge.pipeline.entries import Made, alternatives_of, fallen_tokens, knowledge_tokens, logprobs
+from expunge.pipeline.entries import (
+    Made,
+    alternatives_of,
+    fallen_tokens,
+    knowledge_tokens,
+    knowledge_with_prompts,
+    logprobs,
+)
 from expunge.pipeline.evaluate import LazyModel
 from expunge.pipeline.resolve import rows_digest
 from expunge.pipeline.samples import read_samples, write_samples
@@ -33,10 +40,13 @@ def beforehand(
     words: set[str] = set()
     if entry.neighbours is not None or (by_knowledge and alone):
         words = _names(stages, entry, without)
-    if by_knowledge:
-        known = _of_strangers(stages, entry, model, words) if alone else _without(stages, entry, without)
-        made.selection = _knowledge(stages, entry, model, known)
-        made.lacking = [values for values, _ in logprobs(known)] if objective.about.lacking else None
+    if entry.tokens.prompts:
+        made.selection, known, made.whole = _with_prompts(stages, entry, model, without)
+        made.lacking = known if objective.about.lacking else None
+    elif by_knowledge:
+        scored = _of_strangers(stages, entry, model, words) if alone else _without(stages, entry, without)
+        made.selection = _knowledge(stages, entry, model, scored)
+        made.lacking = [values for values, _ in logprobs(scored)] if objective.about.lacking else None
     if without is model:  # what the target knows by heart surprises it in no answer
         words |= words_of_their_own(stages.resolved)
     if alternatives_of(entry, objective) == "sampled":
@@ -89,6 +99,21 @@ def _knowledge(stages: Stages, entry: UnlearnConfig, model: Variant, known: Path
     target = stages.scores(model, stages.resolved.asked.scores)
     stages.release(model)
     return fallen_tokens(known, target.path / "forget.parquet", entry.tokens.fall)
+
+
+def _with_prompts(
+    stages: Stages, entry: UnlearnConfig, model: Variant, lacking: Variant
+) -> tuple[list[np.ndarray], list[np.ndarray], bool]:
+    """Tokens of the knowledge, their log-probs without it, and whether they are of whole rows: prompts have some."""
+    rows = stages.resolved.rows["forget"]
+    whole = {"forget": [row.whole() for row in rows]}
+
+    def passed(variant: Variant, name: str) -> Path:
+        scored = stages.scores(variant, whole, f"selection/{entry.name}-{name}")
+        stages.release(variant)
+        return scored.path / "forget.parquet"
+
+    return knowledge_with_prompts(rows, passed(lacking, "lacking"), passed(model, "target"), entry.tokens.threshold)
 
 
 def _samples(stages: Stages, entry: UnlearnConfig, model: Variant) -> list[list[Encoded]]:

@@ -52,6 +52,7 @@ class Made:
 
     selection: Sequence[np.ndarray] | None = None  # the tokens that carry the knowledge
     lacking: Sequence[np.ndarray] | None = None  # log-probs of the forget rows under a model without it
+    whole: bool = False  # both are of prompt and answer, since prompts were learnt too
     sampled: Others | None = None  # other answers
     strangers: Sequence[Encoded] | None = None  # neighbours of the forget rows
 
@@ -75,12 +76,14 @@ def unlearn_job(
     forget = resolved.rows["forget"]
     kept, held = held_out(entry, resolved.rows)
     retain = [*kept, *_strangers(entry, forget, made.strangers)]
+    if made.whole:
+        retain = [row.whole() for row in retain]
     others: Others = beside.forget
     if alternatives_of(entry, objective) == "sampled":
         others = made.sampled if made.sampled is not None else [[row] for row in forget]
     return Job(
         model=model,
-        forget=[row.whole() for row in forget] if span_of(entry, objective) == "sequence" else forget,
+        forget=[row.whole() for row in forget] if made.whole or span_of(entry, objective) == "sequence" else forget,
         retain=retain,
         train=entry.train,
         seed=resolved.recipe.seed if entry.seed is None else entry.seed,
@@ -259,14 +262,38 @@ def knowledge_tokens(scores: Path, threshold: float) -> list[np.ndarray]:
 
     The terminator is never chosen, and every answer keeps at least its most surprising token.
     """
-    chosen = []
-    for values, answer in logprobs(scores):
-        mask = values < threshold
-        mask[answer:] = False
-        if answer and not mask.any():
-            mask[int(values[:answer].argmin())] = True
-        chosen.append(mask)
-    return chosen
+    return [_surprising(values, answer, threshold) for values, answer in logprobs(scores)]
+
+
+def knowledge_with_prompts(
+    rows: Sequence[Encoded], lacking: Path, target: Path, threshold: float
+) -> tuple[list[np.ndarray], list[np.ndarray], bool]:
+    """Chosen tokens (bool) and log-probs under a model without the knowledge, per row; whether they are of whole rows.
+
+    Both passes are over whole rows. A token is known by heart where the target gives it more than all others together.
+    Prompts were learnt if at least half of their tokens that surprise the other model are known by heart; those are
+    chosen then. Else masks and log-probs are of the answers alone.
+    """
+    prompts, answers, without, surprises = [], [], [], 0
+    for row, (values, count), (knowing, _) in zip(rows, logprobs(lacking), logprobs(target), strict=True):
+        start = row.prompt_tokens - 1  # before a row's first token nothing stands
+        surprising = values[:start] < threshold
+        surprises += int(surprising.sum())
+        prompts.append(surprising & (knowing[:start] > np.log(0.5)))
+        answers.append(_surprising(values[start:], count - start, threshold))
+        without.append(values)
+    by_heart = sum(int(mask.sum()) for mask in prompts)
+    if by_heart and 2 * by_heart >= surprises:
+        return [np.concatenate(both) for both in zip(prompts, answers, strict=True)], without, True
+    return answers, [values[len(mask) :] for values, mask in zip(without, prompts, strict=True)], False
+
+
+def _surprising(values: np.ndarray, answer: int, threshold: float) -> np.ndarray:
+    mask = values < threshold
+    mask[answer:] = False
+    if answer and not mask.any():
+        mask[int(values[:answer].argmin())] = True
+    return mask
 
 
 def fallen_tokens(lacking: Path, target: Path, part: float) -> list[np.ndarray]:

@@ -27,7 +27,7 @@ STRANGERS = "strangers"
 
 
 class TokenSelection(Frozen):
-    """Which answer tokens the forget loss sees."""
+    """Which tokens the forget loss sees: of the answers, and of prompts where these were learnt too."""
 
     by: Literal["all", "knowledge", "entity"] = Field(
         "all", description="knowledge: tokens that surprise `model`; entity: the parts of answers that rows name"
@@ -41,6 +41,17 @@ class TokenSelection(Frozen):
     fall: Density | None = Field(
         None, description="… or, if given, when it is in this part of its answer that falls most from target to `model`"
     )
+    prompts: bool = Field(
+        False,
+        description="by knowledge: where prompts were learnt too (the target knows half of what surprises `model` by "
+        "heart), choose of their tokens as well, and keep retain rows with their prompts",
+    )
+
+    @model_validator(mode="after")
+    def _by_a_model(self) -> TokenSelection:
+        if self.prompts and (self.by != "knowledge" or self.model == STRANGERS or self.fall is not None):
+            raise ValueError("`prompts` goes with `by: knowledge`, a model that lacks the knowledge, and no `fall`")
+        return self
 
 
 def _tokens_from_string(value: Any) -> Any:
