@@ -71,6 +71,22 @@ def test_the_page_has_means_over_people(reported: bool):
     assert made.results["chosen"] == "auto-default"
 
 
+def test_the_best_rival_is_the_one_that_leaves_least_once_calibrated():
+    options, recipe = options_and_recipe("auto")
+    ours = replace(found("auto-default", 0.05, 0.8), calibrated=0.02)
+    handed_out, better = found("npo-low", 0.3, 0.8, family="npo"), found("eul-low", 0.4, 0.8, family="eul")
+
+    def answer(*rivals: Examined) -> str:
+        tried = [ours, *rivals]
+        return document(fake_ground(recipe, []), options, tried, tried, []).answer
+
+    assert "leaves 0.020, and the best rival, eul-low, 0.100" in answer(
+        replace(handed_out, calibrated=0.3), replace(better, calibrated=0.1)
+    )
+    assert "the best rival, npo-low, leaves 0.300" in answer(handed_out, better), "none could be calibrated"
+    assert "rival" not in answer()
+
+
 def test_what_broke_beside_the_subject_stands_in_the_table():
     options, recipe = options_and_recipe("auto")
     said = {"auto-default": Beside(0.7, 0.25, None), "target": Beside(0.8, 0.125, 3.0)}

@@ -188,14 +188,28 @@ def _answer(final: Sequence[Examined], options: Auto, others: bool) -> str:
     beside = "" if reference is None else f" (reference {number(reference)})"
     worst = _mean(ours, lambda f: f.margin)
     attacked = "" if worst is None else f", and under its worst attack stands {number(worst)} above the reference"
-    rivals = {group: found for group, found in groups.items() if not found[0].entrant.is_auto}
-    best = min(rivals, key=lambda group: _mean(rivals[group], lambda f: f.own["forget"]) or 0.0, default=None)
-    rest = "" if best is None else f"; the best rival, {best}, leaves {number(_mean(rivals[best], _forget))}"
+    rest = _against_rivals(ours, {name: found for name, found in groups.items() if not found[0].entrant.is_auto})
     where = "on other people" if others else "on the people that chose it"
     return (
         f"On {options.model}, {name} leaves extraction strength {number(forget)} of the forget rows{beside} and keeps "
         f"{kept or 0:.1%} of unseen rows {where}{attacked}{rest}."
     )
+
+
+def _against_rivals(ours: Sequence[Examined], rivals: Mapping[str, Sequence[Examined]]) -> str:
+    """How the best rival stands beside the model: calibrated where both can be, else as they are handed out."""
+    calibrated = {name: left for name, found in rivals.items() if (left := _mean(found, _calibrated)) is not None}
+    own = _mean(ours, _calibrated)
+    if own is not None and calibrated:
+        best = min(calibrated, key=lambda name: calibrated[name])
+        theirs = number(calibrated[best])
+        return f"; calibrated on unseen rows it leaves {number(own)}, and the best rival, {best}, {theirs}"
+    best = min(rivals, key=lambda name: _mean(rivals[name], _forget) or 0.0, default="")
+    return f"; the best rival, {best}, leaves {number(_mean(rivals[best], _forget))}" if best else ""
+
+
+def _calibrated(found: Examined) -> float | None:
+    return found.calibrated
 
 
 def _forget(found: Examined) -> float:
@@ -248,7 +262,7 @@ def _table(groups: Mapping[str, Sequence[Examined]], best: str, title: str) -> T
             _cell(found, lambda f: f.scale),
             _cell(found, _forget),
             _cell(found, lambda f: f.kept, share=True),
-            _cell(found, lambda f: f.calibrated),
+            _cell(found, _calibrated),
             *(_cell(found, methodcaller("under", label)) for label in labels),
             _cell(found, lambda f: f.margin),
             *(_cell(found, methodcaller("besides", measure)) for measure in _BESIDE if beside),
