@@ -91,8 +91,10 @@ def test_floors_stand_below_what_ignorance_gives():
     known = torch.linspace(-12, 0, FORGET_TOKENS, dtype=torch.float64)
     step = make_step(SIDES["forget"], (), logits[:FORGET_TOKENS], hidden[:FORGET_TOKENS], lacking=known)
     odds = log_odds(step.forget.logits, step.forget.targets)
-    wanted = (odds - (known.clamp(min=-9.0, max=-4.0) - 2.0)).clamp(min=0).mean()
-    torch.testing.assert_close(Erase(depth=2.0, bottom=-9.0, ceiling=-4.0).loss(step)["forget"], wanted)
+    for ceiling in (-4.0, 8.0):
+        floors = torch.logit(known.exp()).clamp(min=-9.0, max=ceiling) - 2.0
+        found = Erase(depth=2.0, bottom=-9.0, ceiling=ceiling).loss(step)["forget"]
+        torch.testing.assert_close(found, (odds - floors).clamp(min=0).mean())
 
 
 def test_log_odds_have_a_slope_of_one_where_the_probability_is_one():

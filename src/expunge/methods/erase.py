@@ -14,7 +14,7 @@ from expunge.methods.step import Step
 @objective(
     name="erase",
     idea="push forget tokens' log-odds down to a floor, and no further",
-    formula="E_t max(0, logit p_t − [clamp(log p_lacking, b, c) − d])",
+    formula="E_t max(0, logit p_t − [clamp(logit p_lacking, b, c) − d])",
     paper="-",
     kind="removes",
     lacking=True,
@@ -30,8 +30,8 @@ class Erase(Objective):
     of what was never shown.
     """
 
-    ceiling: float = hyper(-3.0, lt=0, description="no token's floor starts above this log-prob …")
-    bottom: float = hyper(-3.0, lt=0, description="… or below this one")
+    ceiling: float = hyper(-3.0, description="no token's floor starts above these log-odds …")
+    bottom: float = hyper(-3.0, lt=0, description="… or below these")
     depth: float = hyper(0.0, ge=0, description="nats between where the floor starts and the floor")
 
     def check(self, model: nn.Module) -> None:
@@ -47,9 +47,14 @@ class Erase(Objective):
         rows = step.forget
         odds = rows.over_logits(log_odds)
         known = rows.lacking_token_logprobs
-        start = torch.full_like(odds, self.ceiling) if known is None else known.to(odds)
+        start = torch.full_like(odds, self.ceiling) if known is None else _odds(known.to(odds))
         start = start.clamp(min=self.bottom, max=self.ceiling)
         return {"forget": rows.mean_tokens((odds - (start - self.depth)).clamp(min=0))}
+
+
+def _odds(logprobs: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """log p − log(1 − p); infinite where the probability is one."""
+    return logprobs - torch.log(-torch.expm1(logprobs))
 
 
 def log_odds(logits: Float[Tensor, "n V"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:

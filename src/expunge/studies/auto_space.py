@@ -18,6 +18,7 @@ _DEEP = {"ceiling": -4.0, "bottom": -30.0, "depth": 6.0}
 VARIATIONS: Mapping[str, Mapping[str, Any]] = {
     DEFAULT: {},
     "deep": {"parameters": _DEEP},
+    "follow": {"parameters": {"bottom": -30.0}},
     "middle": {"parameters": {"ceiling": -5.0, "bottom": -5.0}},
     "free": {"null_space": None},
     "free-slow": {"null_space": None, "train": {"lr": 5e-5}},
