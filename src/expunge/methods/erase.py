@@ -26,8 +26,8 @@ class Erase(Objective):
     """Its slope is one at every token until the floor is reached, and then none: it neither fades early nor runs away.
 
     At its defaults every token has one floor. With a lower `bottom`, a token's floor follows what a model without the
-    knowledge gives it, where one chose the tokens; `depth` goes below that. Deeper is harder to relearn, and costs more
-    of what was never shown.
+    knowledge gives it, where one chose the tokens, and with a high `ceiling` is just that; `depth` goes below it.
+    Deeper is harder to relearn, and costs more of what was never shown.
     """
 
     ceiling: float = hyper(-3.0, description="no token's floor starts above these log-odds …")
@@ -47,12 +47,12 @@ class Erase(Objective):
         rows = step.forget
         odds = rows.over_logits(log_odds)
         known = rows.lacking_token_logprobs
-        start = torch.full_like(odds, self.ceiling) if known is None else _odds(known.to(odds))
+        start = torch.full_like(odds, self.ceiling) if known is None else _log_odds_of(known.to(odds))
         start = start.clamp(min=self.bottom, max=self.ceiling)
         return {"forget": rows.mean_tokens((odds - (start - self.depth)).clamp(min=0))}
 
 
-def _odds(logprobs: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+def _log_odds_of(logprobs: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """log p − log(1 − p); infinite where the probability is one."""
     return logprobs - torch.log(-torch.expm1(logprobs))
 
