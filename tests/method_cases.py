@@ -211,9 +211,10 @@ def ihl(k: Known) -> float:
     return float((1 + (p * own).sum(-1) - (p * (1 - own)).max(-1)).mean())
 
 
-def erase(k: Known, depth: float = 0.0, ceiling: float = -3.0) -> float:
+def erase(k: Known, depth: float = 0.0, ceiling: float = -3.0, bottom: float = -3.0, pull: float = 0.0) -> float:
     p = np.exp(np.concatenate(k["forget"].logp))
-    return float(np.maximum(0, np.log(p / (1 - p)) - (ceiling - depth)).mean())
+    above = np.log(p / (1 - p)) - (np.clip(-3.0, bottom, ceiling) - depth)
+    return float(np.where(above > 0, above, -pull * above).mean())
 
 
 def flat(k: Known, divergence: str = "total_variation") -> float:
@@ -236,7 +237,7 @@ FORMS: dict[str, tuple[Form, list[dict[str, Any]]]] = {
     "altpo": (dpo, [{"beta": 0.5}]),
     "ceu": (ceu, [{"skip": 1}, {"skip": 2}]),
     "dpo": (dpo, [{"beta": 0.5}]),
-    "erase": (erase, [{"depth": 2.0}, {"ceiling": -2.5}]),
+    "erase": (erase, [{"depth": 2.0}, {"ceiling": -2.5, "bottom": -2.5}, {"ceiling": 20.0, "pull": 0.5}]),
     "eul": (eul, [{"power": 2}]),
     "finetune": (learning, []),
     "flat": (flat, [{"divergence": name} for name in ("kl", "js", "pearson")]),
@@ -256,6 +257,5 @@ FORMS: dict[str, tuple[Form, list[dict[str, Any]]]] = {
     "wga": (wga, [{"beta": 5.0}, {"beta": 0.0}]),
     "wtnpo": (wtnpo, [{"beta": 2.0}, {"alpha": 0.0}]),
 }
-#: Parameters that such a step does not show: `test_methods_dual.py` follows them over many steps, and `test_auto.py`
-#: has one where another model gave log-probs.
-OVER_STEPS = {"erase": {"bottom"}, "pdu": {"epsilon", "dual_rate", "warmup", "update"}}
+#: Parameters that such a step does not show: `test_methods_dual.py` follows them over many steps.
+OVER_STEPS = {"pdu": {"epsilon", "dual_rate", "warmup", "update"}}

@@ -15,6 +15,7 @@ from expunge import api
 from expunge.data.encode import Encoded
 from expunge.data.example import Example
 from expunge.errors import UserError
+from expunge.methods.erase import Erase
 from expunge.pipeline.entries import (
     Made,
     fallen_tokens,
@@ -130,8 +131,8 @@ def row_of(prompt: int, answer: int) -> Encoded:
 @pytest.mark.parametrize(
     ("knowing", "masks", "whole"),
     [
-        ([-0.1, -0.1, -0.1, -9.0, -9.0], [[False, True, True, True, False], [True, False]], True),
-        ([-0.1, -3.0, -0.1, -0.1, -9.0], [[False, False, True, True, False], [True, False]], True),  # half of it
+        ([-0.1, -0.1, -0.1, -9.0, -9.0], [[False, True, True, False, False], [True, False]], True),
+        ([-0.1, -3.0, -0.1, -0.1, -9.0], [[False, True, True, True, False], [True, False]], True),  # half of it
         ([-0.1, -3.0, -0.8, -0.1, -9.0], [[True, False], [True, False]], False),
     ],
 )
@@ -147,6 +148,23 @@ def test_prompts_are_of_the_knowledge_where_the_target_has_them_by_heart(
     assert found is whole
     assert [len(each) for each in values] == [len(mask) for mask in masks]
     assert values[0][-1] == np.float32(-9.0), "log-probs stay beside their tokens"
+
+
+@pytest.mark.parametrize(
+    ("said", "floors"),
+    [({}, (20.0, -30.0, 1.0)), ({"parameters": {"ceiling": -1.0}}, (-1.0, -30.0, 1.0))],  # what an entry says stays
+)
+def test_documents_go_down_to_what_they_were_and_no_further(
+    said: dict[str, Any], floors: object, tmp_path: Path
+) -> None:
+    tokens = {"by": "knowledge", "model": "tiny", "prompts": True}
+    resolved = resolve(recipe(tmp_path, method="erase", tokens=tokens, **said))
+    entry, model = resolved.recipe.unlearn[0], resolved.recipe.model
+    alone, whole = (unlearn_job(resolved, entry, model, Made(whole=found)).objective for found in (False, True))
+    assert isinstance(alone, Erase)
+    assert alone == resolved.objectives[entry.name]
+    assert isinstance(whole, Erase)
+    assert (whole.ceiling, whole.bottom, whole.pull) == floors
 
 
 def test_where_prompts_are_pushed_retain_rows_are_kept_with_theirs(tmp_path: Path) -> None:

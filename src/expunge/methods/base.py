@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class Declaration:
     kl: float = 0.0
     retain_ratio: int = 1  # retain rows per forget row in a step
     rates: tuple[float, ...] = (1e-5, 2e-5, 5e-5)  # learning rates of the published runs, full fine-tuning
+    documents: Mapping[str, Any] = field(default_factory=dict)  # defaults where documents were learnt whole
 
 
 class Objective(ABC):

@@ -10,29 +10,35 @@ from expunge.errors import UserError
 from expunge.methods.base import Objective, hyper, objective
 from expunge.methods.step import Step
 
+#: Log-odds of 5 % against: where floors start if no other model says otherwise.
+_FLOOR = -3.0
+
 
 @objective(
     name="erase",
     idea="push forget tokens' log-odds down to a floor, and no further",
-    formula="E_t max(0, logit p_t − [clamp(logit p_lacking, b, c) − d])",
+    formula="E_t max(x, −pull·x), x = logit p_t − [clamp(logit p_lacking, b, c) − d]",
     paper="-",
     kind="removes",
     lacking=True,
     kl=4.0,
     retain_ratio=2,
     rates=(5e-5,),
+    documents={"ceiling": 20.0, "bottom": -30.0, "pull": 1.0},
 )
 class Erase(Objective):
     """Its slope is one at every token until the floor is reached, and then none: it neither fades early nor runs away.
 
     At its defaults every token has one floor. With a lower `bottom`, a token's floor follows what a model without the
     knowledge gives it, where one chose the tokens, and with a high `ceiling` is just that; `depth` goes below it.
-    Deeper is harder to relearn, and costs more of what was never shown.
+    Deeper is harder to relearn, and costs more of what was never shown. With a `pull` tokens are held at their floors
+    from below as well: rows that push each other down leave them where a model without the knowledge has them.
     """
 
-    ceiling: float = hyper(-3.0, description="no token's floor starts above these log-odds …")
-    bottom: float = hyper(-3.0, lt=0, description="… or below these")
+    ceiling: float = hyper(_FLOOR, description="no token's floor starts above these log-odds …")
+    bottom: float = hyper(_FLOOR, lt=0, description="… or below these")
     depth: float = hyper(0.0, ge=0, description="nats between where the floor starts and the floor")
+    pull: float = hyper(0.0, ge=0, description="slope back up, below the floor: tokens are held at it, not only above")
 
     def check(self, model: nn.Module) -> None:
         """Raises UserError for a bottom above the ceiling."""
@@ -47,9 +53,10 @@ class Erase(Objective):
         rows = step.forget
         odds = rows.over_logits(log_odds)
         known = rows.lacking_token_logprobs
-        start = torch.full_like(odds, self.ceiling) if known is None else _log_odds_of(known.to(odds))
+        start = torch.full_like(odds, _FLOOR) if known is None else _log_odds_of(known.to(odds))
         start = start.clamp(min=self.bottom, max=self.ceiling)
-        return {"forget": rows.mean_tokens((odds - (start - self.depth)).clamp(min=0))}
+        above = odds - (start - self.depth)
+        return {"forget": rows.mean_tokens(torch.maximum(above, -self.pull * above))}
 
 
 def _log_odds_of(logprobs: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -51,9 +51,18 @@ def beforehand(
         words |= words_of_their_own(stages.resolved)
     if alternatives_of(entry, objective) == "sampled":
         made.sampled = _samples(stages, entry, model)
+    if made.whole:
+        _note(stages, f"{entry.name}: prompts were learnt with their answers, so that they go with them")
     if entry.neighbours is not None:
-        made.strangers = _strangers(stages, entry, words)
+        made.strangers = [] if made.whole else _strangers(stages, entry, words)
     return made
+
+
+def _note(stages: Stages, note: str) -> None:
+    """Say it, and leave it in the folder."""
+    stages.reporter.line(f"  note: {note}")
+    if stages.directory is not None:
+        stages.directory.note(note)
 
 
 def _names(stages: Stages, entry: UnlearnConfig, lacking: Variant) -> set[str]:
@@ -67,10 +76,7 @@ def _strangers(stages: Stages, entry: UnlearnConfig, words: set[str]) -> list[En
     """Neighbours of the forget rows; that there are none is said."""
     made = stranger_rows(stages.resolved, entry, words)
     if not made:
-        note = f"{entry.name}: no forget prompt holds a name or a number, so that there are no neighbours"
-        stages.reporter.line(f"  note: {note}")
-        if stages.directory is not None:
-            stages.directory.note(note)
+        _note(stages, f"{entry.name}: no forget prompt holds a name or a number, so that there are no neighbours")
     return made
 
 

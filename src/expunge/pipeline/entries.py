@@ -17,7 +17,7 @@ from expunge.data.spans import entity_masks
 from expunge.data.views import viewed
 from expunge.errors import UserError
 from expunge.localize.masks import Mask
-from expunge.methods.base import Objective
+from expunge.methods.base import Objective, build_objective
 from expunge.methods.step import ForgetView
 from expunge.metrics.base import METRICS
 from expunge.pipeline.job import Job, Keep, Watched
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 #: The split that `keep` is measured on; where there is none, this part of the retain rows, and so many at most.
 VALIDATION = "validation"
 HELD_OUT, HELD_OUT_ROWS = 0.2, 256
+#: Nats by which a token of a document is expected more by a model that learnt it than by one that did not.
+_TAUGHT = 0.1
 #: Other answers to each row's prompt.
 Others = Sequence[Sequence[Encoded]]
 
@@ -73,6 +75,8 @@ def unlearn_job(
         raise parts_of_modules(f"localize.unit: {localize.unit} is less")
     made = made or Made()
     objective, beside = resolved.objectives[entry.name], resolved.beside[entry.name]
+    if made.whole:
+        objective = build_objective(entry.method, {**objective.about.documents, **entry.parameters})
     forget = resolved.rows["forget"]
     kept, held = held_out(entry, resolved.rows)
     retain = [*kept, *_strangers(entry, forget, made.strangers)]
@@ -262,7 +266,7 @@ def knowledge_tokens(scores: Path, threshold: float) -> list[np.ndarray]:
 
     The terminator is never chosen, and every answer keeps at least its most surprising token.
     """
-    return [_surprising(values, answer, threshold) for values, answer in logprobs(scores)]
+    return [_lowest(values, answer, threshold) for values, answer in logprobs(scores)]
 
 
 def knowledge_with_prompts(
@@ -271,28 +275,31 @@ def knowledge_with_prompts(
     """Chosen tokens (bool) and log-probs under a model without the knowledge, per row; whether they are of whole rows.
 
     Both passes are over whole rows. A token is known by heart where the target gives it more than all others together.
-    Prompts were learnt if at least half of their tokens that surprise the other model are known by heart; those are
-    chosen then. Else masks and log-probs are of the answers alone.
+    Prompts were learnt if at least half of their tokens that surprise the other model are known by heart: then all
+    tokens are chosen that the target expects more than that model does. Else masks and log-probs are of the answers.
     """
-    prompts, answers, without, surprises = [], [], [], 0
-    for row, (values, count), (knowing, _) in zip(rows, logprobs(lacking), logprobs(target), strict=True):
-        start = row.prompt_tokens - 1  # before a row's first token nothing stands
-        surprising = values[:start] < threshold
+    without, knowing = ([values for values, _ in logprobs(scores)] for scores in (lacking, target))
+    prompts = [slice(row.prompt_tokens - 1) for row in rows]  # before a row's first token nothing stands
+    surprises, learnt = 0, 0
+    for values, known, prompt in zip(without, knowing, prompts, strict=True):
+        surprising = values[prompt] < threshold
         surprises += int(surprising.sum())
-        prompts.append(surprising & (knowing[:start] > np.log(0.5)))
-        answers.append(_surprising(values[start:], count - start, threshold))
-        without.append(values)
-    by_heart = sum(int(mask.sum()) for mask in prompts)
-    if by_heart and 2 * by_heart >= surprises:
-        return [np.concatenate(both) for both in zip(prompts, answers, strict=True)], without, True
-    return answers, [values[len(mask) :] for values, mask in zip(without, prompts, strict=True)], False
+        learnt += int((surprising & (known[prompt] > np.log(0.5))).sum())
+    if learnt and 2 * learnt >= surprises:
+        counts = [row.prompt_tokens - 1 + row.answer_tokens for row in rows]
+        gains = zip(without, knowing, counts, strict=True)
+        return [_lowest(values - known, count, -_TAUGHT) for values, known, count in gains], without, True
+    answers = [values[prompt.stop :] for values, prompt in zip(without, prompts, strict=True)]
+    pairs = zip(answers, rows, strict=True)
+    return [_lowest(values, row.answer_tokens, threshold) for values, row in pairs], answers, False
 
 
-def _surprising(values: np.ndarray, answer: int, threshold: float) -> np.ndarray:
+def _lowest(values: np.ndarray, count: int, threshold: float) -> np.ndarray:
+    """Which of the first `count` values are below the threshold; the lowest of them if none is."""
     mask = values < threshold
-    mask[answer:] = False
-    if answer and not mask.any():
-        mask[int(values[:answer].argmin())] = True
+    mask[count:] = False
+    if count and not mask.any():
+        mask[int(values[:count].argmin())] = True
     return mask
 
 

@@ -19,6 +19,7 @@ VARIATIONS: Mapping[str, Mapping[str, Any]] = {
     DEFAULT: {},
     "deep": {"parameters": _DEEP},
     "follow": {"parameters": {"bottom": -30.0}},
+    "both-ways": {"parameters": {"ceiling": 20.0, "bottom": -30.0, "pull": 1.0}},
     "middle": {"parameters": {"ceiling": -5.0, "bottom": -5.0}},
     "free": {"null_space": None},
     "free-slow": {"null_space": None, "train": {"lr": 5e-5}},
