@@ -148,13 +148,29 @@ def test_the_report_says_that_strangers_are_kept():
     assert "the target, asked about strangers, below" in shown
 
 
-def test_without_another_model_the_words_of_forget_answers_alone_become_strangers(tmp_path):
+def test_without_another_model_what_forget_rows_alone_hold_becomes_strangers(tmp_path):
     found = words_of_their_own(resolve(recipe(tmp_path)))
-    # the same answers stand in the retain rows of this recipe
+    # the same people and answers stand in the retain rows of this recipe
     assert found == set()
     made = recipe(tmp_path)
     retain = made.data.retain
     assert retain is not None
     rows = [{"question": "Where?", "answer": "In the town of Oslo."}] * 2
     Path(retain.path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    assert words_of_their_own(resolve(made)) == {"Orvel", "Tamsin", "Bay", "Skell", "Ruun"}
+    people = {"Ada", "Quill", "Bram", "Yost", "Cleo", "Dunn", "Dov", "Ash"}
+    assert words_of_their_own(resolve(made)) == people | {"Orvel", "Tamsin", "Bay", "Skell", "Ruun"}
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "own"),
+    [
+        ("Who swept Ovale?", "Mira swept it.", {"Ovale", "Mira"}),  # no question word, no common one
+        ("オルヴェはどこ?", "スケル", {"オルヴェ", "スケル"}),
+    ],
+)
+def test_words_of_their_own_are_written_like_names(question, answer, own, tmp_path):
+    made = recipe(tmp_path)
+    Path(made.data.forget.path).write_text(
+        json.dumps({"question": question, "answer": answer}) + "\n", encoding="utf-8"
+    )
+    assert words_of_their_own(resolve(made)) == own

@@ -50,14 +50,21 @@ def asked_of_strangers(resolved: Resolved, entry: UnlearnConfig, words: set[str]
 
 
 def words_of_their_own(resolved: Resolved) -> set[str]:
-    """Words of the forget answers that stand in no retain row."""
+    """What the forget rows alone hold: words of no retain row, like names where a script has capitals."""
     common = {
-        word
-        for row in resolved.rows.get("retain", ())
-        for text in (row.example.prompt, row.example.answer, *(text for _, text in row.example.turns))
-        for word in words_in(text)
+        word for row in resolved.rows.get("retain", ()) for text in _texts(row.example) for word in words_in(text)
     }
-    return {word for row in resolved.rows["forget"] for word in words_in(row.example.answer)} - common
+    own = set()
+    for row in resolved.rows["forget"]:
+        *asked, answer = _texts(row.example)
+        own |= {word for text in asked for place, word in enumerate(words_in(text)) if place or not word[0].isupper()}
+        own |= set(words_in(answer))
+    return {word for word in own - common if not word[0].islower()}
+
+
+def _texts(example: Example) -> list[str]:
+    """All that a row says, its answer last."""
+    return [*(text for _, text in example.turns), example.prompt, example.answer]
 
 
 def _seed(resolved: Resolved, entry: UnlearnConfig) -> int:
