@@ -1,6 +1,7 @@
-"""Fill the generated tables in README.md and docs/ from the registries; --check says which are stale.
+"""Fill the generated tables in README.md and docs/ from the registries, draw its figures; --check says what is stale.
 
-A table stands between `<!-- table:methods -->` and `<!-- /table -->`; what is between them is replaced.
+A table stands between `<!-- table:methods -->` and `<!-- /table -->`; what is between them is replaced. A figure's
+numbers stand in docs/measured/figures/NAME.json, and docs/images/NAME.svg is drawn from them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ BLOCK = re.compile(r"<!-- table:([\w-]+) -->\n(.*?)<!-- /table -->", re.DOTALL)
 OPENING = re.compile(r"<!-- table:")
 #: What benchmarks/objective_cost.py writes.
 COSTS = ROOT / "docs" / "measured" / "objective_cost.json"
+#: Figures of the docs, as a report holds its own.
+FIGURES = ROOT / "docs" / "measured" / "figures"
+IMAGES = ROOT / "docs" / "images"
 ARXIV = re.compile(r"\b(\d{4}\.\d{4,5})\b")
 
 #: kind → labels of `describe()` that become columns after the name; those that nothing has are left out
@@ -37,7 +41,7 @@ COLUMNS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the tables, or with --check compare them. Returns 1 if any is stale or broken."""
+    """Write tables and figures, or with --check compare them. Returns 1 if any is stale or broken."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is stale")
     parser.add_argument("files", nargs="*", type=Path, help="default: README.md and docs/**/*.md")
@@ -46,14 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if path.exists()
     ]
     stale = []
+    wanted = (
+        {} if given.files else {IMAGES / f"{path.stem}.svg": drawn(path) for path in sorted(FIGURES.glob("*.json"))}
+    )
     for path in files:
-        before = path.read_text(encoding="utf-8")
         try:
-            after = filled(before)
+            wanted[path] = filled(path.read_text(encoding="utf-8"))
         except ValueError as error:
             print(f"{path}: {error}", file=sys.stderr)
             return 1
-        if after != before:
+    for path, after in wanted.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != after:
             stale.append(path)
             if not given.check:
                 path.write_text(after, encoding="utf-8")
@@ -71,6 +78,21 @@ def filled(text: str) -> str:
         return f"<!-- table:{found[1]} -->\n{table(found[1])}<!-- /table -->"
 
     return BLOCK.sub(replace, text)
+
+
+def drawn(path: Path) -> str:
+    """A figure's picture, with colours of its own for light and dark pages."""
+    from pydantic import TypeAdapter
+
+    from expunge.report import build
+    from expunge.report.drawing import draw
+    from expunge.report.figure_data import AnyFigure
+
+    figure: AnyFigure = TypeAdapter(AnyFigure).validate_json(path.read_bytes())
+    templates = Path(build.__file__).parent / "templates"
+    style = "".join((templates / name).read_text(encoding="utf-8") for name in ("style.css", "document.css"))
+    opening, rest = str(draw(figure)).split(">", 1)
+    return f'{opening} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{rest}\n'
 
 
 def table(kind: str) -> str:

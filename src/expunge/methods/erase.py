@@ -10,7 +10,7 @@ from expunge.errors import UserError
 from expunge.methods.base import Objective, hyper, objective
 from expunge.methods.step import Step
 
-#: Log-odds of 5 % against: where floors start if no other model says otherwise.
+#: Where floors start unless another model says otherwise: a probability of 5 %.
 _FLOOR = -3.0
 
 

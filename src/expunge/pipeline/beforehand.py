@@ -52,7 +52,10 @@ def beforehand(
     if alternatives_of(entry, objective) == "sampled":
         made.sampled = _samples(stages, entry, model)
     if made.whole:
-        _note(stages, f"{entry.name}: prompts were learnt with their answers, so that they go with them")
+        _note(
+            stages,
+            f"{entry.name}: prompts were learnt with their answers, so that whole rows go",
+        )
     if entry.neighbours is not None:
         made.strangers = [] if made.whole else _strangers(stages, entry, words)
     return made
