@@ -52,10 +52,7 @@ def beforehand(
     if alternatives_of(entry, objective) == "sampled":
         made.sampled = _samples(stages, entry, model)
     if made.whole:
-        _note(
-            stages,
-            f"{entry.name}: prompts were learnt with their answers, so that whole rows go",
-        )
+        _note(stages, f"{entry.name}: prompts were learnt with their answers, so that whole rows go")
     if entry.neighbours is not None:
         made.strangers = [] if made.whole else _strangers(stages, entry, words)
     return made
