@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from expunge import api
 from expunge.errors import UserError
+from expunge.metrics.base import Values
 from expunge.models.load import load_model
-from expunge.pipeline.calibration_passes import strengths
+from expunge.pipeline.calibration_passes import FORGET, CalibrationRows, Passes, strengths
 from expunge.pipeline.clock import Clock
 from expunge.pipeline.entries import held_out
 from expunge.pipeline.job import Keep
-from expunge.pipeline.keeping import EPSILON, demanded
+from expunge.pipeline.keeping import EPSILON, scale_for
 from expunge.pipeline.training import fit, train
 from expunge.recipe import LoraConfig, ModelConfig, UnlearnConfig
 from expunge.scoring.scores import score
@@ -59,8 +61,7 @@ def test_an_update_is_scaled_down_until_enough_is_kept(lora: LoraConfig | None, 
         line = first[name] + alpha * (whole[name] - first[name])
         torch.testing.assert_close(kept[name], line, atol=EPSILON * 1e-1, rtol=0)
     loaded: Any = load_model(ModelConfig(id=str(tmp_path / "kept" / "out"))).model
-    wanted = demanded(Keep(0.5, HELD), strength(start))
-    assert wanted == pytest.approx(0.5 * strength(start))
+    wanted = 0.5 * strength(start)
     assert strength(loaded) >= wanted - 1e-6
     ruined: Any = load_model(ModelConfig(id=str(tmp_path / "whole" / "out"))).model
     assert strength(ruined) < wanted
@@ -84,6 +85,45 @@ def test_an_update_that_keeps_enough_is_left_as_it_is(tmp_path: Path) -> None:
 def test_rows_that_the_start_model_does_not_know_hold_nothing(tmp_path: Path) -> None:
     told = train(job(keep=Keep(0.95, rows(4, seed=9))), tmp_path)
     assert "nothing to hold the update against" in told["note"]
+
+
+class Told(Passes):
+    """Passes of a model whose strengths are told: a row breaks at its own α, forget rows fall in a straight line."""
+
+    def __init__(self, breaks: list[float], gone_at: float, end: float = 0.0, rows: bool = True) -> None:
+        super().__init__(lambda: pytest.fail("nothing is mixed"), CalibrationRows(HELD, HELD if rows else ()))
+        self.breaks, self.gone_at, self.end = np.array(breaks), gone_at, end
+
+    def values(self, alpha: float, kind: str) -> Values:
+        if kind == FORGET:
+            return np.array([max(self.end, 1 - (1 - self.end) * alpha / self.gone_at)])
+        return (alpha < self.breaks).astype(float)
+
+
+NEVER = 2.0
+#: Breaking points of held-out rows, α at which forget rows are gone, what stays of them → the factor at 0.95, and
+#: whether it is larger than the one at which these rows keep as much.
+FEW = {
+    "every row stays": ([NEVER] * 22, 0.7, 0.0, 1.0, False),
+    "enough is kept where forget rows are gone": ([0.5, 0.9, 0.95] + [NEVER] * 19, 0.5, 0.0, 0.9, False),
+    "one row too many, and rows leave it open": ([0.4, 0.5] + [NEVER] * 20, 0.7, 0.0, 0.97 * 0.7, True),
+    "they leave it open only just": ([0.4, 0.5, 0.6] + [NEVER] * 19, 0.55, 0.0, 0.97 * 0.55, True),
+    "they forbid it": ([0.4, 0.5, 0.6] + [NEVER] * 19, 0.7, 0.0, 0.5, False),
+    "one row of eight": ([0.4] + [NEVER] * 7, 0.7, 0.0, 0.97 * 0.7, True),
+    "the whole update leaves as much": ([0.4, 0.5] + [NEVER] * 20, 1e-3, 0.8, 0.5, False),
+}
+
+
+@pytest.mark.parametrize(("breaks", "gone_at", "end", "wanted", "further"), FEW.values(), ids=FEW)
+def test_few_rows_do_not_bring_forget_rows_back(
+    breaks: list[float], gone_at: float, end: float, wanted: float, further: bool
+) -> None:
+    keep = Keep(0.95, [HELD[0]] * len(breaks))
+    alpha, words = scale_for(Told(breaks, gone_at, end), keep)
+    assert alpha == pytest.approx(wanted, abs=1.5 * EPSILON)
+    assert ("leave the factor open" in words) == further
+    enough, _ = scale_for(Told(breaks, gone_at, end, rows=False), keep)  # without forget rows to look at
+    assert (alpha > enough) == further
 
 
 def test_rows_are_held_out_of_training_unless_there_is_a_split_for_it() -> None:
@@ -159,10 +199,3 @@ def test_chunks_and_time_are_not_combined(tmp_path: Path) -> None:
     made = recipe(tmp_path, method="sugd", parameters={"chunk": 2, "layers": 1}, train={"minutes": 1, "batch_size": 1})
     with pytest.raises(UserError, match="would leave the last chunks out"):
         api.run(made, output=tmp_path / "out", quiet=True)
-
-
-def test_half_a_row_is_allowed_for_where_rows_are_coarser_than_what_may_be_lost() -> None:
-    row = HELD[0]
-    for count, wanted in ((11, 0.95 - 0.5 / 11), (20, 0.95), (22, 0.95)):
-        assert demanded(Keep(0.95, [row] * count), 1.0) == pytest.approx(wanted)
-    assert demanded(Keep(0.95, [row]), 0.4) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
     from expunge.pipeline.resolve import Resolved
 
-#: The split that `keep` is measured on; where there is none, this part of the retain rows, and so many at most.
+#: The split that `keep` is measured on; where there is none, this part of the retain rows, and so many at most (of the
+#: forget rows too).
 VALIDATION = "validation"
 HELD_OUT, HELD_OUT_ROWS = 0.2, 256
 #: Nats by which a token of a document is expected more by a model that learnt it than by one that did not.
@@ -106,7 +108,7 @@ def unlearn_job(
         null_space=entry.null_space,
         stop_when=entry.stop_when,
         watched=_watched(resolved, entry.stop_when),
-        keep=None if entry.keep is None else Keep(entry.keep, held),
+        keep=None if entry.keep is None else Keep(entry.keep, held, forget[:: ceil(len(forget) / HELD_OUT_ROWS) or 1]),
         lora=entry.lora,
         trainable=entry.trainable,
         mask=mask,

@@ -37,10 +37,14 @@ class Watched:
 
 @dataclass(frozen=True)
 class Keep:
-    """What an update must leave: a part of the extraction strength on rows that no step sees."""
+    """What an update must leave: a part of the extraction strength on rows that no step sees.
+
+    `forget` are rows that should stay gone if few `rows` leave open how far an update has to be scaled down.
+    """
 
     share: float
     rows: Sequence[Encoded]
+    forget: Sequence[Encoded] = ()
 
 
 @dataclass(frozen=True)

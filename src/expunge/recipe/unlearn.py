@@ -153,7 +153,8 @@ class UnlearnConfig(Frozen):
     keep: Density | None = Field(
         None,
         description="part of the extraction strength on held-out retain rows that must stay: the update is scaled down "
-        "until it does. Held out is the split `validation`, else a fifth of the retain rows",
+        "until it does, or, within the standard error of these rows, until forget rows would stand again. Held out "
+        "is the split `validation`, else a fifth of the retain rows",
     )
     trainable: list[Pattern] | None = Field(
         None, description="patterns of parameter names to train; the objective's own when absent"

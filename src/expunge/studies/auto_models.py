@@ -91,11 +91,12 @@ def _merged(ground: Ground, options: Auto, name: str, specialists: list[Variant]
     from expunge.pipeline.resolve import rows_digest
     from expunge.pipeline.stages import Variant
 
-    target, rows, place = ground.variants["target"], ground.resolved.rows[VALIDATION], f"zoo/{name}"
+    target, place = ground.variants["target"], f"zoo/{name}"
+    rows, forget = (ground.resolved.rows[split] for split in (VALIDATION, "forget"))
     inputs = {
         "models": [target.digest, *(variant.digest for variant in specialists)],
         "merge": [MERGE, DENSITY],
-        "keep": [options.share, rows_digest(rows)],
+        "keep": [options.share, rows_digest(rows), rows_digest(forget)],
     }
 
     def work(folder: Path) -> Mapping[str, Any]:
@@ -103,7 +104,7 @@ def _merged(ground: Ground, options: Auto, name: str, specialists: list[Variant]
         paths = [variant.config.id for variant in specialists]
         merge_models(paths, merged, base=target.config.id, method=MERGE, density=DENSITY)
         loaded = load_model(target.config.model_copy(update={"id": str(merged)}))
-        scale, note = scale_down(loaded.model, target.config, Keep(options.share, rows))
+        scale, note = scale_down(loaded.model, target.config, Keep(options.share, rows, forget))
         save_model(loaded.model, loaded.tokenizer, folder / "out")
         shutil.rmtree(merged)
         return {"scale": scale, "note": note}
