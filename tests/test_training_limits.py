@@ -108,7 +108,8 @@ FEW = {
     "enough is kept where forget rows are gone": ([0.5, 0.9, 0.95] + [NEVER] * 19, 0.5, 0.0, 0.9, False),
     "one row too many, and rows leave it open": ([0.4, 0.5] + [NEVER] * 20, 0.7, 0.0, 0.97 * 0.7, True),
     "they leave it open only just": ([0.4, 0.5, 0.6] + [NEVER] * 19, 0.55, 0.0, 0.97 * 0.55, True),
-    "they forbid it": ([0.4, 0.5, 0.6] + [NEVER] * 19, 0.7, 0.0, 0.5, False),
+    "they forbid more": ([0.4, 0.5, 0.6] + [NEVER] * 19, 0.7, 0.0, 0.6, True),
+    "they forbid any": ([0.4, 0.4, 0.4] + [NEVER] * 19, 0.7, 0.0, 0.4, False),
     "one row of eight": ([0.4] + [NEVER] * 7, 0.7, 0.0, 0.97 * 0.7, True),
     "the whole update leaves as much": ([0.4, 0.5] + [NEVER] * 20, 1e-3, 0.8, 0.5, False),
 }

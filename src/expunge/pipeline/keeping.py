@@ -28,8 +28,8 @@ def scale_down(model: nn.Module, start: ModelConfig, keep: Keep) -> tuple[float,
 
     Strength is extraction strength, α is searched as in calibration (arXiv:2406.09179) on rows that no step saw, with
     the weights as they will be saved: half precision would flip ties. Within the standard error of these rows, α is
-    rather so large that forget rows stay gone. The first process searches. Raises UserError for adapters that can't be
-    scaled.
+    rather too large than so small that forget rows stand again. The first process searches. Raises UserError for
+    adapters that can't be scaled.
     """
     mixture = mixed(model, open_tensors(start))
     alpha, words = 1.0, ""
@@ -69,7 +69,7 @@ def scale_for(passes: Passes, keep: Keep) -> tuple[float, str]:
 def _gone(passes: Passes, least: float, enough: float) -> float:
     """The smallest α from `enough` on at which forget rows are as good as gone as after the whole update.
 
-    `enough` itself where there is none up to the largest α at which a standard error more would reach `least`.
+    At most the largest α at which retain rows and their standard error reach `least`.
     """
     if enough == 1 or not passes.rows.forget:
         return enough
@@ -84,8 +84,8 @@ def _gone(passes: Passes, least: float, enough: float) -> float:
     if forgotten(enough) >= gone:
         return enough
     top = search(lambda alpha: passes.retain(alpha) + _error(passes, alpha), least, EPSILON)
-    if top <= enough or forgotten(top) < gone:
-        return enough
+    if forgotten(max(top, enough)) < gone:
+        return max(top, enough)
     return top - bisect(lambda back: forgotten(top - back), gone, 0.0, top - enough, EPSILON)
 
 
