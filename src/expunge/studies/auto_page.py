@@ -131,10 +131,10 @@ def document(
         summary=SUMMARY,
         answer=_answer(final, options, bool(reported)),
         rule=f"Fixed beforehand: every update is scaled down until validation rows keep {options.share:.0%} of their "
-        "strength. Of the variations of auto that then leave the forget rows within the thresholds of the recipe, the "
-        "one with the smallest margin over the reference under its worst attack, else the one that leaves least; of "
-        "each rival, the rate that leaves least. No unseen row chooses anything, and where other people are reported "
-        "on, none of theirs does.",
+        "strength (within their standard error, until forget rows would stand again). Of the variations of auto that "
+        "then leave the forget rows within the thresholds of the recipe, the one with the smallest margin over the "
+        "reference under its worst attack, else the one that leaves least; of each rival, the rate that leaves least. "
+        "No unseen row chooses anything, and where other people are reported on, none of theirs does.",
         remarks=list(ground.remarks),
         planned=ground.planned,
         done=len(ground.trials),
