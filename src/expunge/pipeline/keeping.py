@@ -41,7 +41,7 @@ def scale_down(model: nn.Module, start: ModelConfig, keep: Keep) -> tuple[float,
 
 
 def scale_for(passes: Passes, keep: Keep) -> tuple[float, str]:
-    """The factor, and why it is this one."""
+    """The factor by which an update with these passes is scaled, and why it is this one."""
     whole, rows = passes.retain(0.0), plural(len(keep.rows), "held-out retain row")
     if whole < HARDLY:
         return 1.0, (
@@ -50,7 +50,7 @@ def scale_for(passes: Passes, keep: Keep) -> tuple[float, str]:
         )
     least = keep.share * whole
     enough = search(passes.retain, least, EPSILON)
-    alpha = _gone(passes, least, enough)
+    alpha = _until_gone(passes, least, enough)
     left = f"{rows} stay at {number(passes.retain(alpha))} of {number(whole)} (asked: {percent(keep.share)})"
     if alpha == 1:
         words = f"the update is kept whole: {left}"
@@ -66,7 +66,7 @@ def scale_for(passes: Passes, keep: Keep) -> tuple[float, str]:
     return alpha, words + little
 
 
-def _gone(passes: Passes, least: float, enough: float) -> float:
+def _until_gone(passes: Passes, least: float, enough: float) -> float:
     """The smallest α from `enough` on at which forget rows are as good as gone as after the whole update.
 
     At most the largest α at which retain rows and their standard error reach `least`.
