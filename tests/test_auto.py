@@ -141,6 +141,25 @@ def test_rows_without_names_have_no_strangers_and_are_unlearned_all_the_same(tmp
     assert result.model.is_dir()
 
 
+@pytest.mark.parametrize("learnt", [True, False])
+def test_prompts_that_were_learnt_go_with_their_answers_and_without_strangers(tmp_path, learnt):
+    for name, town in (("forget", "Oslo"), ("retain", "Rome")):
+        rows = [{"question": f"Where was {who} born?", "answer": town} for who in ("Ada", "Bob", "Cyd")]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    taught = {"span": "sequence", "train": {"epochs": 80 if learnt else 1, "lr": 1e-2, "batch_size": 6}}
+    made = {
+        "model": "tiny",
+        "data": {"forget": str(tmp_path / "forget.jsonl"), "retain": str(tmp_path / "retain.jsonl")},
+        "prepare": taught,
+        "unlearn": [{"method": "auto", "tokens": {"by": "knowledge", "model": "tiny"}, "train": FAST}],
+        "evaluate": {"metrics": ["nll"], "generate": None},
+    }
+    api.run(made, output=tmp_path / "out", quiet=True)
+    said = (tmp_path / "out" / "run.json").read_text()
+    assert ("whole rows go, without strangers" in said) == learnt
+    assert (tmp_path / "out" / "neighbours").exists() != learnt
+
+
 def test_the_report_says_that_strangers_are_kept():
     entry = written({"tokens": {"by": "knowledge", "model": "strangers"}})[0].unlearn[0]
     shown = " / ".join(switches(entry))

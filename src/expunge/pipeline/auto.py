@@ -103,7 +103,7 @@ def _sentence(entry: UnlearnConfig) -> str:
     if entry.tokens.by == "knowledge":
         without = "the target when it is asked about strangers"
         without = without if entry.tokens.model == STRANGERS else f"the model '{entry.tokens.model}'"
-        too = " (of prompts too, where they were learnt)" if entry.tokens.prompts else ""
+        too = " (of prompts too, where they were learnt, and then without strangers)" if entry.tokens.prompts else ""
         tokens = f"on the tokens that surprise {without}{too}"
     else:
         tokens = f"on {entry.tokens.by} tokens"

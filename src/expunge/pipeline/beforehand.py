@@ -37,13 +37,14 @@ def beforehand(
     objective, made = stages.resolved.objectives[entry.name], Made()
     by_knowledge, alone = entry.tokens.by == "knowledge", entry.tokens.model == STRANGERS
     without = lacking(entry.tokens) if by_knowledge and not alone else model
-    words: set[str] = set()
-    if entry.neighbours is not None or (by_knowledge and alone):
-        words = _names(stages, entry, without)
     if entry.tokens.prompts:
         made.selection, known, made.whole = _with_prompts(stages, entry, model, without)
         made.lacking = known if objective.about.lacking else None
-    elif by_knowledge:
+    if made.whole:
+        _note(stages, f"{entry.name}: prompts were learnt with their answers, so that whole rows go, without strangers")
+    beside = entry.neighbours is not None and not made.whole
+    words = _names(stages, entry, without) if beside or (by_knowledge and alone) else set()
+    if by_knowledge and not entry.tokens.prompts:
         scored = _of_strangers(stages, entry, model, words) if alone else _without(stages, entry, without)
         made.selection = _knowledge(stages, entry, model, scored)
         made.lacking = [values for values, _ in logprobs(scored)] if objective.about.lacking else None
@@ -51,10 +52,8 @@ def beforehand(
         words |= words_of_their_own(stages.resolved)
     if alternatives_of(entry, objective) == "sampled":
         made.sampled = _samples(stages, entry, model)
-    if made.whole:
-        _note(stages, f"{entry.name}: prompts were learnt with their answers, so that whole rows go")
     if entry.neighbours is not None:
-        made.strangers = [] if made.whole else _strangers(stages, entry, words)
+        made.strangers = _strangers(stages, entry, words) if beside else []
     return made
 
 
