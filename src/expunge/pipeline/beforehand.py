@@ -42,8 +42,8 @@ def beforehand(
         made.lacking = known if objective.about.lacking else None
     if made.whole:
         _note(stages, f"{entry.name}: prompts were learnt with their answers, so that whole rows go, without strangers")
-    beside = entry.neighbours is not None and not made.whole
-    words = _names(stages, entry, without) if beside or (by_knowledge and alone) else set()
+    with_strangers = entry.neighbours is not None and not made.whole
+    words = _names(stages, entry, without) if with_strangers or (by_knowledge and alone) else set()
     if by_knowledge and not entry.tokens.prompts:
         scored = _of_strangers(stages, entry, model, words) if alone else _without(stages, entry, without)
         made.selection = _knowledge(stages, entry, model, scored)
@@ -53,7 +53,7 @@ def beforehand(
     if alternatives_of(entry, objective) == "sampled":
         made.sampled = _samples(stages, entry, model)
     if entry.neighbours is not None:
-        made.strangers = _strangers(stages, entry, words) if beside else []
+        made.strangers = _strangers(stages, entry, words) if with_strangers else []
     return made
 
 
