@@ -19,6 +19,7 @@ from expunge.cli.app import main
 from expunge.errors import UserError
 from expunge.pipeline.examine import Examination
 
+UNLEARN = ("unlearn", "--model", "tiny", "--forget", "good.yaml", "-o", "out")
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "scipy", "numpy", "duckdb", "jinja2", "yaml")
 
 
@@ -96,6 +97,9 @@ def test_version(capsys):
         (["run", "x.yaml", "--wet-run"], "No such option: --wet-run", "see: expunge run --help"),
         (["unlearn", "--model", "tiny"], "Missing option", "see: expunge unlearn --help"),
         (["unlearn", "--lora", "many"], "'--lora'", "see: expunge unlearn --help"),
+        ([*UNLEARN, "--keep", "95"], "--keep: Input should be less than or equal to 1", "expunge unlearn --help"),
+        ([*UNLEARN, "--minutes", "0"], "--minutes: Input should be greater than 0", "expunge unlearn --help"),
+        ([*UNLEARN, "--set", "unlearn.0.keep=7"], "recipe: unlearn.0.keep: Input should be", "expunge init"),
         (["data"], "Missing command", "see: expunge data --help"),
         (["run", "none.yaml"], "no recipe at none.yaml", "expunge init"),
         (["run", "bad.yaml"], "unknown key", "did you mean 'unlearn'?"),

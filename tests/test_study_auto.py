@@ -15,6 +15,7 @@ from expunge.errors import UserError
 from expunge.models.load import load_model
 from expunge.recipe import ModelConfig
 from expunge.recipe.model import Thresholds
+from expunge.studies.auto import rivals_of
 from expunge.studies.auto_beside import Beside
 from expunge.studies.auto_page import Examined, chosen_of, document
 from expunge.studies.auto_space import AUTO, MERGED, VARIATIONS, Entrant
@@ -114,6 +115,9 @@ def test_a_page_without_any_model_says_so():
         ({"rivals": "npoo"}, "npoo"),
         ({"report": "42,43"}, "those that the choice is made on"),
         ({"attacks": "relearning"}, "relearning"),
+        ({"rivals": "npo", "parameters": "rmu.alpha=10"}, "method 'rmu' is not among those studied"),
+        ({"rivals": "rmu", "parameters": "rmu.alfa=10"}, "alfa"),
+        ({"parameters": "relearning.steps=10"}, "relearning"),
     ],
 )
 def test_mistakes_are_told(given: dict[str, str], match: str, tmp_path: Path):
@@ -169,6 +173,20 @@ def test_a_whole_study_reports_on_other_people(whole: tuple[Path, Any]):
     other = (folder / "people-7" / "recipe.resolved.yaml").read_text()
     assert "seed: 7" in other
     assert (folder / "report.html").read_text().count("auto-default") > 2
+
+
+def test_a_rival_takes_hyper_parameters_and_attacks_keep_theirs(tmp_path: Path):
+    given = {
+        "benchmark": "fictitious:40", "variations": "default", "rivals": "rmu,npo", "rates": "1e-3", "epochs": "1",
+        "steps": "2", "attacks": "quantize", "beside": "false", "parameters": "rmu.alpha=10,rmu.coefficient=2",
+    }  # fmt: skip
+    result = api.study("auto", model="tiny", output=tmp_path / "out", overrides=TAUGHT, quiet=True, **given)
+    tried = {one["name"]: one for one in result.document.results["tried"]}
+    assert list(tried) == ["auto-default", "rmu-alpha10-coefficient2-lr1e-3", "npo-lr1e-3"]
+    assert all(list(one["attacks"]) == ["quantize nf4"] for one in tried.values())
+    options, recipe = options_and_recipe("auto", rivals="npo", rates="1e-3", parameters="npo.beta=0.5")
+    (rival,) = rivals_of(fake_ground(recipe, []), options)
+    assert (rival.name, rival.entry["parameters"]) == ("npo-beta0.5-lr1e-3", {"beta": 0.5})
 
 
 def test_a_second_run_does_nothing(whole: tuple[Path, Any]):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from expunge.cli.common import AllowPickle, Overrides, Reference, Retain, Template, TrustRemoteCode, close
+from expunge.errors import UserError
 
 
 def unlearn(
@@ -41,12 +43,15 @@ def unlearn(
     """Remove the forget rows from a model, and write the new model, the measurements and a report."""
     from expunge import api
 
+    options: dict[str, tuple[str, object]] = {
+        "unlearn.0.train.epochs": ("--epochs", epochs),
+        "unlearn.0.train.lr": ("--lr", lr),
+        "unlearn.0.train.batch_size": ("--batch-size", batch_size),
+        "unlearn.0.train.minutes": ("--minutes", minutes),
+        "unlearn.0.keep": ("--keep", keep),
+    }
     fields: dict[str, object] = {
-        "unlearn.0.train.epochs": epochs,
-        "unlearn.0.train.lr": lr,
-        "unlearn.0.train.batch_size": batch_size,
-        "unlearn.0.train.minutes": minutes,
-        "unlearn.0.keep": keep,
+        **{field: value for field, (_, value) in options.items()},
         "data.template": template,
         "localize.mask": None if mask is None else str(mask),
         "seed": seed,
@@ -56,8 +61,8 @@ def unlearn(
             fields[f"{part}.{flag}"] = given or None
     # JSON is YAML in which nothing is guessed: the text "chat" stays text, whatever it contains
     overrides = [f"{key}={json.dumps(value)}" for key, value in fields.items() if value is not None]
-    close(
-        api.unlearn(
+    try:
+        result = api.unlearn(
             model,
             forget,
             retain,
@@ -67,4 +72,16 @@ def unlearn(
             reference=reference,
             overrides=[*overrides, *(set_ or [])],
         )
-    )
+    except UserError as error:
+        typed = {field: option for field, (option, value) in options.items() if value is not None}
+        raise _of_options(error, typed) from None
+    close(result)
+
+
+def _of_options(error: UserError, typed: Mapping[str, str]) -> UserError:
+    """The same mistake, said of the option that was typed and not of the field that it sets."""
+    for field, option in typed.items():
+        if error.message.startswith(f"recipe: {field}:"):
+            told = error.message.removeprefix(f"recipe: {field}:")
+            return UserError(f"{option}:{told}", "what each option takes: expunge unlearn --help")
+    return error

@@ -13,7 +13,15 @@ from expunge.studies.auto_models import calibrated, model_of, planned, scale_of
 from expunge.studies.auto_page import JUDGED, SUMMARY, VALIDATION, Examined, chosen_of, document
 from expunge.studies.auto_space import AUTO, DEFAULT, MERGED, RIVALS, VARIATIONS, ZJUKLAB, Entrant
 from expunge.studies.base import STUDIES, Names, Numbers, StudyOptions, Whole, study
-from expunge.studies.objectives import ADAPTERS, layer_setting, published_rates, rate_text, scaled_rate
+from expunge.studies.objectives import (
+    ADAPTERS,
+    check_parameters,
+    given_parameters,
+    layer_setting,
+    published_rates,
+    rate_text,
+    scaled_rate,
+)
 from expunge.studies.zjuklab_record import OVER, UNDER
 
 if TYPE_CHECKING:
@@ -40,7 +48,9 @@ class Auto(StudyOptions):
     attacks: Names = Field(
         ATTACKS, description="what is done to every model (expunge list attacks); none: --attacks ''"
     )
-    parameters: Names = Field(SETTINGS, description="settings of attacks, e.g. relearn.steps=40")
+    parameters: Names = Field(
+        SETTINGS, description="of attacks, e.g. relearn.steps=40, and of rivals, e.g. rmu.alpha=10"
+    )
     limit: int = Field(24, gt=0, description="rows of each split but forget that are measured under attack")
     beside: bool = Field(True, description="measure general knowledge and fluency too")
     validation: float = Field(0.2, gt=0, lt=1, description="part of the retain rows that the scaling looks at")
@@ -75,7 +85,7 @@ def auto(ground: Ground, options: Auto) -> Document:
 
     attacks = _attacks(options)
     _set_aside(ground, options)
-    entrants = [*_variations(options), *_rivals(ground, options)]
+    entrants = [*_variations(options), *rivals_of(ground, options)]
     ground.expect(len(entrants), f"then those chosen of them on {len(options.report)} further sets of people")
     tried = _examined(ground, options, entrants, attacks)
     going_on = chosen_of(tried, ground.whole.recipe.thresholds)
@@ -106,20 +116,25 @@ def _variations(options: Auto) -> Iterable[Entrant]:
         yield Entrant(f"{AUTO}-{name}", AUTO, VARIATIONS.get(name, {}), MERGED.get(name, {}))
 
 
-def _rivals(ground: Ground, options: Auto) -> Iterable[Entrant]:
+def rivals_of(ground: Ground, options: Auto) -> Iterable[Entrant]:
     """Each rival at its rates. Raises UserError for a name that is no objective."""
     from expunge.methods.base import OBJECTIVES
 
+    told = [setting for setting in options.parameters if _of_objective(setting)]
+    check_parameters(told, options.rivals)
+    given = given_parameters(told)
     for name in dict.fromkeys(options.rivals):
         if name == ZJUKLAB:
             yield from _published_merge(ground, options)
             continue
         declared = published_rates(OBJECTIVES.get(name).about.rates)
         rates = options.rates or [scaled_rate(rate, ground.parameters, adapters=False) for rate in declared]
-        parameters = layer_setting(ground, name)
+        own = given.get(name, {})
+        called = "-".join([name, *(f"{key}{value}" for key, value in own.items())])
+        parameters = {**layer_setting(ground, name), **own}
         for rate in sorted(rates):
             yield Entrant(
-                f"{name}-lr{rate_text(rate)}",
+                f"{called}-lr{rate_text(rate)}",
                 name,
                 {"method": name, "parameters": parameters, "train": {"lr": rate}},
             )
@@ -220,8 +235,16 @@ def _standings(record: AttackRecord, name: str, first: bool) -> dict[str, tuple[
 
 
 def _attacks(options: Auto) -> list[Any]:
-    """The attacks with their settings; settings of attacks that are not asked for are left out when they are ours."""
+    """The attacks with the settings that they are given, with ours where none is given."""
     from expunge.studies.uwc import attacks_with
 
-    ours = [one for one in options.parameters if one not in SETTINGS or one.partition(".")[0] in options.attacks]
-    return attacks_with(options.attacks, ours) if options.attacks else []
+    told = [setting for setting in options.parameters if not _of_objective(setting)] or SETTINGS
+    asked = [setting for setting in told if setting not in SETTINGS or setting.partition(".")[0] in options.attacks]
+    return attacks_with(options.attacks, asked) if options.attacks else []
+
+
+def _of_objective(setting: str) -> bool:
+    """Whether a setting (`rmu.alpha=10`) is of an objective; else it is of an attack."""
+    from expunge.methods.base import OBJECTIVES
+
+    return setting.partition(".")[0] in OBJECTIVES.names()

@@ -107,7 +107,7 @@ def _grid(ground: Ground, options: Objectives) -> tuple[dict[str, dict[float, Pl
     from expunge.methods.base import OBJECTIVES
 
     names = list(dict.fromkeys(options.methods)) if options.methods is not None else OBJECTIVES.names()
-    check_parameters(options, names)
+    check_parameters(options.parameters, names)
     grid: dict[str, dict[float, Planned]] = {}
     left_out = {}
     for name in names:
@@ -133,7 +133,7 @@ def _trial(ground: Ground, options: Objectives, method: str, rate: float, number
     from expunge.studies.ground import Planned
 
     seed = options.seed + number
-    given = given_parameters(options).get(method, {})
+    given = given_parameters(options.parameters).get(method, {})
     made = ground.entry(
         name=f"{method}-seed{seed}",
         method=method,
@@ -156,12 +156,12 @@ def layer_setting(ground: Ground, method: str) -> dict[str, int]:
     return {"layer": int(len(decoder_layers(ground.architecture)) * cls.height)}
 
 
-def given_parameters(options: Any) -> dict[str, dict[str, Any]]:
+def given_parameters(parameters: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Hyper-parameters by method, from `--parameters`. Raises UserError for one that names no method."""
     from expunge.recipe import parse_overrides
 
     given: dict[str, dict[str, Any]] = {}
-    for key, value in parse_overrides(options.parameters).items():
+    for key, value in parse_overrides(parameters).items():
         method, dot, name = key.partition(".")
         if not dot:
             raise UserError(f"--parameters: '{key}' names no method", "for instance: --parameters npo.beta=0.5")
@@ -169,9 +169,9 @@ def given_parameters(options: Any) -> dict[str, dict[str, Any]]:
     return given
 
 
-def check_parameters(options: Any, names: Sequence[str]) -> None:
+def check_parameters(parameters: Sequence[str], names: Sequence[str]) -> None:
     """Raises UserError for hyper-parameters of methods that are not studied."""
-    for method in given_parameters(options):
+    for method in given_parameters(parameters):
         if method not in names:
             raise UserError(f"--parameters: method '{method}' is not among those studied", did_you_mean(method, names))
 

@@ -91,7 +91,7 @@ class Pieces:
         ground, options = self.ground, self.options
         if ground.whole.recipe.prepare is None and ground.whole.recipe.reference is None:
             raise UserError("study localization needs a model that never saw the forget rows", "give --reference MODEL")
-        check_parameters(options, options.methods)
+        check_parameters(options.parameters, options.methods)
         for name in options.attributions:
             if ATTRIBUTIONS.get(name).about.control:
                 raise UserError(f"--attributions: {name} is a control", "the true and a random region are always there")
@@ -317,7 +317,7 @@ class Pieces:
         parameters = {
             **layer_setting(self.ground, method),
             **(OWN_TINY if options.tiny else OWN).get(method, {}),
-            **given_parameters(options).get(method, {}),
+            **given_parameters(options.parameters).get(method, {}),
         }
         made = self.ground.entry(
             name=f"{method}-seed{seed}",
