@@ -100,6 +100,9 @@ def test_version(capsys):
         ([*UNLEARN, "--keep", "95"], "--keep: Input should be less than or equal to 1", "expunge unlearn --help"),
         ([*UNLEARN, "--minutes", "0"], "--minutes: Input should be greater than 0", "expunge unlearn --help"),
         ([*UNLEARN, "--set", "unlearn.0.keep=7"], "recipe: unlearn.0.keep: Input should be", "expunge init"),
+        ([*UNLEARN, "--lr", "1", "--lr", "2"], "--lr is given 2 times", "give it once"),
+        (["study", "auto", "--rivals", "npo", "--rivals", "dpo"], "--rivals is given 2 times", "part them by commas"),
+        (["data", "check", "f", "--format", "qa", "--format", "lume"], "--format is given 2 times", "give it once"),
         (["data"], "Missing command", "see: expunge data --help"),
         (["run", "none.yaml"], "no recipe at none.yaml", "expunge init"),
         (["run", "bad.yaml"], "unknown key", "did you mean 'unlearn'?"),
@@ -220,8 +223,6 @@ def test_a_finished_run_says_so(calls, monkeypatch, capsys):
 
 
 def test_unlearn_options_are_fields_of_the_recipe(monkeypatch, calls):
-    from expunge.recipe import load_recipe
-
     files = ["--model", "m", "--forget", "f.jsonl", "--retain", "r.jsonl", "-o", "out"]
     options = [
         "--method",
@@ -239,12 +240,11 @@ def test_unlearn_options_are_fields_of_the_recipe(monkeypatch, calls):
     ]
     more = ["--template", "Q: {prompt}\nA: {answer}", "--reference", "ref", "--allow-pickle", "--trust-remote-code"]
     assert main(["unlearn", *files, *options, *more, "--set", "unlearn.0.train.lr=2e-4"]) == 0
-    ((_, args, kwargs),) = calls
-    assert args == ("m", "f.jsonl", "r.jsonl")
-    given = {"output": Path("out"), "method": "simnpo", "lora": 4, "reference": "ref"}
-    assert kwargs.items() >= given.items()
-    base = {"model": "m", "reference": "ref", "data": {"forget": "f", "retain": "r"}, "unlearn": [{"method": "simnpo"}]}
-    recipe = load_recipe(base, overrides=kwargs["overrides"])
+    ((_, (recipe,), kwargs),) = calls
+    assert kwargs == {"output": Path("out")}
+    assert (recipe.model.id, recipe.reference.id) == ("m", "ref")
+    assert (recipe.data.forget.path, recipe.data.retain.path) == ("f.jsonl", "r.jsonl")
+    assert (recipe.unlearn[0].method, recipe.unlearn[0].lora.rank) == ("simnpo", 4)
     train = recipe.unlearn[0].train
     assert (train.epochs, train.batch_size, recipe.seed) == (2.5, 3, 9)
     assert train.lr == 2e-4, "--set has the last word"
@@ -255,11 +255,12 @@ def test_unlearn_options_are_fields_of_the_recipe(monkeypatch, calls):
 
 
 def test_unlearn_without_options_changes_nothing(calls):
+    from expunge.recipe import load_recipe
+
     assert main(["unlearn", "--model", "m", "--forget", "f", "-o", "out"]) == 0
-    ((_, args, kwargs),) = calls
-    assert args == ("m", "f", None)
-    assert kwargs["lora"] is None
-    assert [entry for entry in kwargs["overrides"] if not entry.startswith("data.template")] == []
+    ((_, (recipe,), _),) = calls
+    bare = {"name": "unlearn", "model": "m", "data": {"forget": "f"}, "unlearn": [{"method": "auto"}]}
+    assert recipe == load_recipe(bare)
 
 
 RECORDS = [
@@ -325,4 +326,7 @@ def test_dry_run_prints_the_plan_and_runs_nothing(monkeypatch, calls, capsys):
     assert main(["run", "r.yaml", "--dry-run", "--set", "seed=1", "-o", "o"]) == 0
     assert capsys.readouterr().out == "model tiny\nunlearn npo\n"
     assert plans == [("r.yaml", {"output": Path("o"), "overrides": ["seed=1"]})]
+    assert main([*UNLEARN, "--dry-run"]) == 0
+    assert capsys.readouterr().out == "model tiny\nunlearn npo\n"
+    assert (plans[1][0].model.id, plans[1][1]) == ("tiny", {"output": Path("out")})
     assert calls == []

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
+from expunge.recipe import Recipe
 from expunge.report import figures, svg
+from expunge.report.build import limits
 from expunge.report.provenance import command, environment
 from expunge.report.records import Measure, RunRecord, read_run
 from expunge.report.tables import split_tables
 from expunge.report.text import clean, coinciding, compact, duration, human, interval, marked, number, shorten
-from expunge.report.verdict import forgotten, kept, kept_unseen, outcome, ratio_interval
+from expunge.report.verdict import fluent, forgotten, kept, kept_unseen, outcome, ratio_interval
 from report_fixture import Fixture, write_run
 
 ES = "extraction_strength"
@@ -335,3 +337,40 @@ def test_environment_is_flat_and_leaves_out_what_is_unknown() -> None:
     }
     shown = environment(dataclasses.replace(record(), info=info))
     assert shown == [("CPU", "x"), ("Memory GB", "7.6"), ("Versions", "torch 2"), ("L", "1, 2")]
+
+
+@pytest.mark.parametrize(
+    ("target", "reference", "forget", "retain", "answer", "worst"),
+    [
+        (0.0, None, 0.1, 0.0, "yes", 0.1),  # the limit itself passes
+        (0.0, None, 0.5, 0.0, "no", 0.5),
+        (0.0, None, 0.0, 0.2, "no", 0.2),  # the worst of the splits decides
+        (0.5, None, 0.55, 0.5, "yes", 0.55),  # the target stammers as well
+        (0.0, 0.4, 0.45, 0.0, "yes", 0.45),  # and so does the reference
+        (None, None, 0.5, 0.5, None, None),  # nothing to hold it against
+    ],
+)
+def test_fluent(target, reference, forget, retain, answer, worst) -> None:
+    said = {("target", split): target for split in ("forget", "retain")} | {("reference", "forget"): reference}
+    said |= {("merged", "forget"): forget, ("merged", "retain"): retain, ("merged", "world"): 1.0}
+    made = tuple(
+        Measure(variant, split, "repetition", value, None, None, 20, 0, "lower")
+        for (variant, split), value in said.items()
+        if value is not None
+    )
+    models = {"target": {}, "merged": {}, **({"reference": {}} if reference is not None else {})}
+    by_key = {(m.variant, m.split, m.metric): m for m in made}
+    found = RunRecord(Path("nowhere"), {"result": "merged", "models": models}, None, "", made, (), (), by_key)
+    verdict = fluent(found)
+    assert (verdict and verdict.answer, verdict and verdict.value) == (answer, worst)
+
+
+@pytest.mark.parametrize("keep", [None, 0.95])
+def test_rows_that_keep_held_out_are_told_of(keep: float | None) -> None:
+    recipe = Recipe.model_validate(
+        {"model": "tiny", "data": {"forget": "f", "retain": "r"}, "unlearn": [{"method": "npo", "keep": keep}]}
+    )
+    found = dataclasses.replace(record(TARGET, ("target", "retain", 0.9, 0.8, 1.0)), recipe=recipe)
+    words = next(table.words for table in split_tables(found) if table.label == "Retain")
+    assert ("held out" in words) == (keep is not None)
+    assert ("by the rest" in limits(found)[-1]) == (keep is not None)

@@ -80,6 +80,21 @@ def unlearn(
     quiet: bool = False,
 ) -> RunResult:
     """Unlearn the rows of `forget` from a model while keeping those of `retain`; the result is `output/model`."""
+    recipe = unlearning(model, forget, retain, method=method, lora=lora, reference=reference, overrides=overrides)
+    return run(recipe, output=output, quiet=quiet)
+
+
+def unlearning(
+    model: str,
+    forget: str,
+    retain: str | None = None,
+    *,
+    method: str = "auto",
+    lora: int | None = None,
+    reference: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Recipe:
+    """The recipe that `unlearn` runs, for `plan` or to be kept. Raises UserError."""
     recipe: dict[str, Any] = {
         "name": "unlearn",
         "model": model,
@@ -88,7 +103,7 @@ def unlearn(
     }
     if reference is not None:
         recipe["reference"] = reference
-    return run(load_recipe(recipe, overrides=overrides), output=output, quiet=quiet)
+    return load_recipe(recipe, overrides=overrides)
 
 
 def evaluate(
@@ -375,4 +390,5 @@ __all__ = [
     "run",
     "study",
     "unlearn",
+    "unlearning",
 ]

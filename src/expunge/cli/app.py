@@ -9,6 +9,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -34,6 +35,7 @@ from expunge.cli import (
     study,
     unlearn,
 )
+from expunge.cli.common import Once
 from expunge.errors import UserError
 
 DONE, BUG, USER_ERROR, INTERRUPTED, TERMINATED, BROKEN_PIPE = 0, 1, 2, 130, 143, 141
@@ -44,22 +46,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(demo.demo)
-app.command()(run.run)
-app.command()(unlearn.unlearn)
-app.command("eval")(evaluate.evaluate)
-app.command()(attack.attack)
-app.command()(audit.audit)
-app.command()(localize.localize)
-app.command()(merge.merge)
-app.command()(calibrate.calibrate)
+_command = partial(app.command, cls=Once)
+_command()(demo.demo)
+_command()(run.run)
+_command()(unlearn.unlearn)
+_command("eval")(evaluate.evaluate)
+_command()(attack.attack)
+_command()(audit.audit)
+_command()(localize.localize)
+_command()(merge.merge)
+_command()(calibrate.calibrate)
 app.add_typer(study.app, name="study")
-app.command()(report.report)
-app.command()(runs.runs)
-app.command()(init.init)
+_command()(report.report)
+_command()(runs.runs)
+_command()(init.init)
 app.add_typer(data.app, name="data")
-app.command("list")(list_.list_)
-app.command()(doctor.doctor)
+_command("list")(list_.list_)
+_command()(doctor.doctor)
 
 
 class Terminated(KeyboardInterrupt):
@@ -97,12 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # process on the same cores a step then takes up to ten times as long; a short spin costs nothing when alone
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     given = list(sys.argv[1:] if arguments is None else arguments)
-    command = typer.main.get_command(app)
+    whole = typer.main.get_command(app)
     context: Any = None
     try:
         with _sigterm_interrupts():
-            with command.make_context("expunge", given or ["--help"]) as context:
-                command.invoke(context)
+            with whole.make_context("expunge", given or ["--help"]) as context:
+                whole.invoke(context)
             sys.stdout.flush()
     except typer.Exit as done:
         return int(done.exit_code)

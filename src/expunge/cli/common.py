@@ -10,17 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
+
+from expunge.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from expunge.api import Plan
     from expunge.pipeline.run import RunResult
 
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="change one field of the recipe; may be given several times"),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything and say what would be done; train nothing")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else there")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="folder of the run", show_default=False)]
 Template = Annotated[str, typer.Option("--template", help="auto, chat, raw, or text with {prompt} and {answer}")]
@@ -47,6 +52,22 @@ AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="accept .bin w
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the checkpoint")]
 
 _WIDE = 160  # columns where no terminal says how many it has: tables in files and pipes are not squeezed
+
+
+class Once(TyperCommand):
+    """A command that refuses an option given twice: the first value would be lost and nobody told."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Raises UserError."""
+        given = self.make_parser(ctx).parse_args(args=list(args))[2]
+        for option in given:
+            may_repeat = option.param_type_name == "argument" or option.multiple or getattr(option, "is_flag", False)
+            if not may_repeat and given.count(option) > 1:
+                raise UserError(
+                    f"{option.opts[0]} is given {given.count(option)} times, and only one of them would count",
+                    "give it once; where it takes several values, part them by commas",
+                )
+        return super().parse_args(ctx, args)
 
 
 def listed(names: str | None) -> list[str] | None:
@@ -134,6 +155,12 @@ def aggregates_table(aggregates: Sequence[Mapping[str, Any]]) -> Table:
         whose = entry["convention"] if entry["official"] else f"{entry['convention']}, not official"
         rows.append([entry["variant"], entry["benchmark"], entry["name"], number(entry["value"]), whose, entry["note"]])
     return table(["variant", "benchmark", "number", "value", "convention", "note"], rows, right=["value"])
+
+
+def print_plan(plan: Plan) -> None:
+    """What a run would do, a line per stage."""
+    for line in plan.lines():
+        print(line)
 
 
 def close(result: RunResult) -> None:

@@ -12,7 +12,7 @@ from expunge.cli.common import Output, Overrides, close
 
 def demo(
     tiny: Annotated[
-        bool, typer.Option("--tiny", help="a random 2-layer model instead of SmolLM2: under a minute")
+        bool, typer.Option("--tiny", help="a random 2-layer model instead of SmolLM2: about a minute")
     ] = False,
     output: Output = None,
     set_: Overrides = None,

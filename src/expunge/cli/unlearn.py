@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from expunge.cli.common import AllowPickle, Overrides, Reference, Retain, Template, TrustRemoteCode, close
+from expunge.cli.common import (
+    AllowPickle,
+    DryRun,
+    Overrides,
+    Reference,
+    Retain,
+    Template,
+    TrustRemoteCode,
+    close,
+    print_plan,
+)
 from expunge.errors import UserError
 
 
@@ -39,6 +49,7 @@ def unlearn(
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
     set_: Overrides = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Remove the forget rows from a model, and write the new model, the measurements and a report."""
     from expunge import api
@@ -62,11 +73,10 @@ def unlearn(
     # JSON is YAML in which nothing is guessed: the text "chat" stays text, whatever it contains
     overrides = [f"{key}={json.dumps(value)}" for key, value in fields.items() if value is not None]
     try:
-        result = api.unlearn(
+        recipe = api.unlearning(
             model,
             forget,
             retain,
-            output=output,
             method=method,
             lora=lora,
             reference=reference,
@@ -75,7 +85,10 @@ def unlearn(
     except UserError as error:
         typed = {field: option for field, (option, value) in options.items() if value is not None}
         raise _of_options(error, typed) from None
-    close(result)
+    if dry_run:
+        print_plan(api.plan(recipe, output=output))
+        return
+    close(api.run(recipe, output=output))
 
 
 def _of_options(error: UserError, typed: Mapping[str, str]) -> UserError:

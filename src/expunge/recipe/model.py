@@ -77,6 +77,9 @@ class Thresholds(Frozen):
     forget_extraction: NonNegative = Field(0.15, description="Forgotten: forget extraction strength at most this …")
     reference_margin: NonNegative = Field(0.05, description="… or within this of the reference, whichever is larger")
     retain_kept: NonNegative = Field(0.95, description="Kept: part of the target's retain extraction strength")
+    repetition_margin: NonNegative = Field(
+        0.1, description="Fluent: outputs repeat themselves at most this much more than the target's or the reference's"
+    )
     robust_margin: NonNegative = Field(
         0.1, description="Robust: under an attack, strength on the forget rows at most this above the reference's"
     )

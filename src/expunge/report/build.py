@@ -25,6 +25,7 @@ from expunge.report.text import clean, human, marked_spans, plural
 from expunge.report.update_page import update_section
 from expunge.report.update_record import read_updates
 from expunge.report.verdict import (
+    fluent,
     forget_threshold,
     forgotten,
     kept,
@@ -94,7 +95,7 @@ def content(record: RunRecord, samples: int) -> dict[str, Any]:
     """Everything that the template shows."""
     forget, keep, unseen = forgotten(record), kept(record), kept_unseen(record)
     tables = comparison(record)
-    verdicts = [forget, keep, robust(record), *([unseen] if unseen else [])]
+    verdicts = [verdict for verdict in (forget, keep, robust(record), unseen, fluent(record)) if verdict is not None]
     numbers = read_aggregates(record.path)
     asked = record.recipe.evaluate.convention if record.recipe else None
     convention = convention_named(numbers[0].convention if numbers else asked)
@@ -200,7 +201,12 @@ def limits(record: RunRecord) -> list[str]:
             "without having learnt them is therefore unknown."
         )
     if "retain_unseen" not in record.splits:
-        said.append("Keeping was measured only on rows that unlearning itself trained on, which flatters it.")
+        said.append(
+            "Keeping was measured on retain rows of which unlearning trained on most, and by the rest of which it "
+            "scaled its update, which flatters it."
+            if record.holds_out
+            else "Keeping was measured only on rows that unlearning itself trained on, which flatters it."
+        )
     return said
 
 

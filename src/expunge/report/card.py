@@ -13,7 +13,7 @@ from expunge.report.records import RunRecord, mapping, read_run
 from expunge.report.robust import robust
 from expunge.report.tables import ARROWS, main_columns, variant_label, variant_note
 from expunge.report.text import clean, grouped, human, interval, number, percent
-from expunge.report.verdict import forgotten, kept, kept_unseen, outcome
+from expunge.report.verdict import fluent, forgotten, kept, kept_unseen, outcome
 
 # Aliases have no meaning on a hub; this is what they stand for.
 _HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -32,7 +32,11 @@ def model_card(run: Path) -> str:
         "## What was removed",
         _removed(record),
         "## Verdicts",
-        "\n".join(_verdict(verdict) for verdict in (forget, keep, robust(record), unseen) if verdict is not None),
+        "\n".join(
+            _verdict(verdict)
+            for verdict in (forget, keep, robust(record), unseen, fluent(record))
+            if verdict is not None
+        ),
         "## Evidence",
         _evidence(record),
         "## How it was made",

@@ -18,7 +18,7 @@ from expunge.report.leaked import leaked_section
 from expunge.report.records import RunRecord, mapping, read_run
 from expunge.report.tables import comparison, metric_glossary, row_counts
 from expunge.report.text import listed, named
-from expunge.report.verdict import forgotten, kept, kept_unseen, numbers_sentence, outcome
+from expunge.report.verdict import fluent, forgotten, kept, kept_unseen, numbers_sentence, outcome
 
 NAME = "evaluation.json"
 _HINT = "run the same expunge eval again: it writes the folder anew"
@@ -67,7 +67,11 @@ def evaluation_document(folder: Path) -> Document:
         leaked_section(record),
         _counting(record, convention, about),
     ]
-    verdicts = [verdict for verdict in (forget, keep, unseen) if verdict is not None and verdict.value is not None]
+    verdicts = [
+        verdict
+        for verdict in (forget, keep, unseen, fluent(record))
+        if verdict is not None and verdict.value is not None
+    ]
     source = named(str(mapping(mapping(record.info["models"]).get(record.result or "")).get("source") or "model"))
     return Document(
         kind="evaluation",

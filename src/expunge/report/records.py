@@ -141,6 +141,11 @@ class RunRecord:
         names = [entry.name for entry in self.recipe.unlearn] if self.recipe else []
         return "specialist" if variant in names else "other"
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether some retain rows were held out of training, to scale the update by."""
+        return self.recipe is not None and any(entry.keep is not None for entry in self.recipe.unlearn)
+
     def role(self, split: str) -> str:
         """forget, retain, holdout or utility."""
         given = mapping(mapping(self.info.get("data")).get(split)).get("role")

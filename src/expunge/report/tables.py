@@ -149,6 +149,8 @@ def _split_table(record: RunRecord, split: str) -> SplitTable:
     metrics = [name for name in record.metrics if any(metric == name for _, metric in found)]
     first = leading(metrics)
     words = _SPLIT_WORDS.get(split, f"evaluated only; role {record.role(split)}")
+    if split == "retain" and record.holds_out:
+        words += ", but for those held out for keep"
     label = "Weights" if split == "model" else human(split)
     rest = [name for name in metrics if name not in first]
     further = tuple(_part(record, split, found, names, title, "") for title, names in families(rest).items())

@@ -13,7 +13,7 @@ from expunge.report.records import MAIN, Measure, RunRecord, read_run
 from expunge.report.robust import attacks_on, robust
 from expunge.report.tables import ARROWS, main_columns, variant_label
 from expunge.report.text import human, interval, number
-from expunge.report.verdict import forgotten, kept, kept_unseen
+from expunge.report.verdict import fluent, forgotten, kept, kept_unseen
 
 _STYLES = {
     "yes": "bold green",
@@ -61,7 +61,8 @@ def _cell(measure: Measure | None, style: str) -> Text:
 def _verdict_lines(record: RunRecord) -> Text:
     line = Text()
     attacked = [robust(record)] if attacks_on(record) else []
-    for verdict in (forgotten(record), kept(record), *attacked):
+    stammering = [verdict for verdict in (fluent(record),) if verdict is not None and verdict.answer == "no"]
+    for verdict in (forgotten(record), kept(record), *stammering, *attacked):
         line.append(f"{verdict.question} ")
         line.append(verdict.answer, style=_STYLES[verdict.answer])
         line.append(f"{_reason(verdict)}\n")

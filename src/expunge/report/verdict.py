@@ -1,4 +1,4 @@
-"""The verdicts: Forgotten? Kept? Judged by the recipe's thresholds, which were fixed before the run."""
+"""The verdicts: Forgotten? Kept? Fluent? Judged by the recipe's thresholds, which were fixed before the run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import numpy as np
 
 from expunge.report.judgement import Answer, Mark, Verdict
 from expunge.report.records import RunRecord
-from expunge.report.text import interval, listed, number, percent, plural
+from expunge.report.text import human, interval, listed, number, percent, plural
 
+REPETITION = "repetition"
 #: Random draws of one bootstrap at most; with very many rows fewer resamples say the same.
 _DRAWS = 40_000_000
 
@@ -91,6 +92,29 @@ def kept_unseen(record: RunRecord) -> Verdict | None:
     rule = "For information: these rows were taught to the target and never shown to unlearning."
     found = _ratio_verdict(record, "Kept on unseen rows", "retain_unseen", record.thresholds.retain_kept, rule)
     return replace(found, informs=True)
+
+
+def fluent(record: RunRecord) -> Verdict | None:
+    """Where outputs repeat themselves most, do they so little more than before? None where no text was generated."""
+    margin = record.thresholds.repetition_margin
+    found = []
+    for split in (split for split in record.splits if record.role(split) in ("forget", "retain")):
+        result, target = (record.get(name, split, REPETITION) for name in (record.result, record.target))
+        reference = record.get(record.reference, split, REPETITION)
+        known = [measure.value for measure in (target, reference) if measure is not None and measure.value is not None]
+        if result is not None and result.value is not None and target is not None:
+            found.append((result.value - max(known), split, result, max(known)))
+    if not found:
+        return None
+    rise, split, result, before = max(found, key=lambda each: each[0])
+    limit = before + margin
+    rule = f"Yes if it is at most {number(limit)}: {number(before)} before unlearning or in the reference, "
+    rule += f"+ {number(margin)}. A model that stammers looks as if it had forgotten."
+    rows = plural(result.n, f"{human(split).lower()} row")
+    words = f"of the runs of four words stood there before, in outputs for {rows}"
+    answer: Answer = "yes" if rise <= margin else "no"
+    remarks = ("The worst of the splits for which text was generated.",) if len(found) > 1 else ()
+    return Verdict("Fluent?", answer, result.value, result.ci_low, result.ci_high, limit, words, rule, remarks)
 
 
 def _ratio_verdict(record: RunRecord, question: str, split: str, limit: float, rule: str) -> Verdict:
