@@ -27,3 +27,4 @@ def init(
 
     write_text(output, text)
     say(f"{output} written; fill in `model` and `data`, then: expunge run {output} --dry-run")
+    say("to leave every choice to expunge, put `unlearn: [{method: auto}]` in the place of its entry")
