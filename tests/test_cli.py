@@ -100,9 +100,6 @@ def test_version(capsys):
         ([*UNLEARN, "--keep", "95"], "--keep: Input should be less than or equal to 1", "expunge unlearn --help"),
         ([*UNLEARN, "--minutes", "0"], "--minutes: Input should be greater than 0", "expunge unlearn --help"),
         ([*UNLEARN, "--set", "unlearn.0.keep=7"], "recipe: unlearn.0.keep: Input should be", "expunge init"),
-        ([*UNLEARN, "--lr", "1", "--lr", "2"], "--lr is given 2 times", "give it once"),
-        (["study", "auto", "--rivals", "npo", "--rivals", "dpo"], "--rivals is given 2 times", "part them by commas"),
-        (["data", "check", "f", "--format", "qa", "--format", "lume"], "--format is given 2 times", "give it once"),
         (["data"], "Missing command", "see: expunge data --help"),
         (["run", "none.yaml"], "no recipe at none.yaml", "expunge init"),
         (["run", "bad.yaml"], "unknown key", "did you mean 'unlearn'?"),
@@ -128,6 +125,28 @@ def test_a_mistake_is_one_sentence_and_a_hint(tmp_path, monkeypatch, capsys, arg
     assert hint in shown.err
     assert "Traceback" not in shown.err
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bad.yaml", "good.yaml"], "nothing is written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        ([*UNLEARN, "--lr", "1", "--keep", "9", "--lr", "2"], "--lr"),
+        (["study", "auto", "--model", "m", "--rivals", "npo", "--rivals", "dqo"], "--rivals"),
+        (["data", "check", "f", "--format", "qa", "--format", "lume"], "--format"),
+    ],
+)
+def test_an_option_given_twice_is_told(tmp_path, monkeypatch, capsys, arguments, option):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2, "each has another mistake"
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first == f"note: {option} is given 2 times; the last one counts"
+    assert second.startswith("error: ")
+
+
+def test_an_option_that_may_repeat_is_no_news(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*UNLEARN, "--set", "seed=1", "--set", "unlearn.0.keep=9"]) == 2
+    assert "note:" not in capsys.readouterr().err
 
 
 class OutOfMemoryError(RuntimeError):

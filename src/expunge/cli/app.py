@@ -35,7 +35,7 @@ from expunge.cli import (
     study,
     unlearn,
 )
-from expunge.cli.common import Once
+from expunge.cli.common import Command
 from expunge.errors import UserError
 
 DONE, BUG, USER_ERROR, INTERRUPTED, TERMINATED, BROKEN_PIPE = 0, 1, 2, 130, 143, 141
@@ -46,7 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_command = partial(app.command, cls=Once)
+_command = partial(app.command, cls=Command)
 _command()(demo.demo)
 _command()(run.run)
 _command()(unlearn.unlearn)

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from expunge.errors import UserError
-
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -54,19 +52,16 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run 
 _WIDE = 160  # columns where no terminal says how many it has: tables in files and pipes are not squeezed
 
 
-class Once(TyperCommand):
-    """A command that refuses an option given twice: the first value would be lost and nobody told."""
+class Command(TyperCommand):
+    """A command that says when an option was given twice: the last value counts, and the others are lost."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Raises UserError."""
+        """As typer does, with a note on stderr."""
         given = self.make_parser(ctx).parse_args(args=list(args))[2]
-        for option in given:
+        for option in dict.fromkeys(given):
             may_repeat = option.param_type_name == "argument" or option.multiple or getattr(option, "is_flag", False)
             if not may_repeat and given.count(option) > 1:
-                raise UserError(
-                    f"{option.opts[0]} is given {given.count(option)} times, and only one of them would count",
-                    "give it once; where it takes several values, part them by commas",
-                )
+                say(f"note: {option.opts[0]} is given {given.count(option)} times; the last one counts")
         return super().parse_args(ctx, args)
 
 

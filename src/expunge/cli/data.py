@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expunge.cli.common import Json, Once, only_stderr, print_json, say
+from expunge.cli.common import Command, Json, only_stderr, print_json, say
 
 if TYPE_CHECKING:
     from expunge.data.check import CheckReport
@@ -21,7 +21,7 @@ def _data() -> None:
     """Look at files of rows before they are used."""
 
 
-@app.command(cls=Once)
+@app.command(cls=Command)
 def check(
     path: Annotated[
         str, typer.Argument(metavar="FILE", help="a file, or a hub dataset such as locuslab/TOFU:forget10")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from expunge.cli.common import Once, Overrides, console, say, table
+from expunge.cli.common import Command, Overrides, console, say, table
 
 
 class Studies(TyperGroup):
@@ -28,7 +28,9 @@ class Studies(TyperGroup):
 
         chosen = STUDIES.get(name)
         single = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
-        single.command(name, cls=Once, help=f"{_sentence(chosen.summary)}\n\nTakes {chosen.estimate}.")(command(name))
+        single.command(name, cls=Command, help=f"{_sentence(chosen.summary)}\n\nTakes {chosen.estimate}.")(
+            command(name)
+        )
         return typer.main.get_command(single)
 
 
