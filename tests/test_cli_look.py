@@ -63,6 +63,9 @@ def test_data_check(tmp_path, monkeypatch, capsys):
     assert main(["data", "check", "bad.jsonl", "--json"]) == 2
     report = json.loads(capsys.readouterr().out)
     assert (report["ok"], report["rows"], report["good_rows"]) == (False, 3, 1)
+    Path("odd.jsonl").write_text('{"q": "Who?", "a": "She."}\n')
+    assert main(["data", "check", "odd.jsonl"]) == 2
+    assert "odd.jsonl: no row can be used" in capsys.readouterr().out
 
 
 def test_doctor(capsys, tmp_path, monkeypatch):

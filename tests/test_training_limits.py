@@ -123,8 +123,15 @@ def test_few_rows_do_not_bring_forget_rows_back(
     alpha, words = scale_for(Told(breaks, gone_at, end), keep)
     assert alpha == pytest.approx(wanted, abs=1.5 * EPSILON)
     assert ("leave the factor open" in words) == further
+    assert "tell little" not in words
     enough, _ = scale_for(Told(breaks, gone_at, end, rows=False), keep)  # without forget rows to look at
     assert (alpha > enough) == further
+
+
+@pytest.mark.parametrize("held", [1, 7])
+def test_so_few_held_out_rows_that_they_guard_little_are_told(held: int) -> None:
+    _, words = scale_for(Told([NEVER] * held, 0.7), Keep(0.95, [HELD[0]] * held))
+    assert "fewer than 8 rows tell little of what stays: give more retain rows" in words
 
 
 def test_rows_are_held_out_of_training_unless_there_is_a_split_for_it() -> None:

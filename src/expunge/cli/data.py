@@ -52,7 +52,8 @@ def check(
 
 
 def _lines(report: CheckReport) -> list[str]:
-    lines = [f"{report.path}: {report.good_rows} of {report.rows} rows can be used"]
+    usable = f"{report.good_rows} of {report.rows} rows" if report.rows else "no row"
+    lines = [f"{report.path}: {usable} can be used"]
     lines.append(f"format: {report.format or 'unknown'} (columns: {', '.join(report.columns) or 'none'})")
     for name, spread in report.lengths.items():
         middle = f"median {spread.median:g}, 95% at most {spread.p95:g}"

@@ -19,6 +19,8 @@ from expunge.report.text import number, percent, plural
 EPSILON = 0.02
 #: A factor below which hardly anything of an update is left.
 _LITTLE = 0.1
+#: Held-out rows below which one of them moves the figure so far that it guards little.
+_FEW = 8
 #: Extraction strength by which forget rows may stand above what the whole update leaves of them, and count as gone.
 _AS_GOOD = 0.03
 
@@ -63,7 +65,8 @@ def scale_for(passes: Passes, keep: Keep) -> tuple[float, str]:
             f"{number(passes.mean(enough, FORGET))} instead of {number(passes.mean(alpha, FORGET))}"
         )
     little = "; little of it is left: a smaller keep would forget more" if alpha < _LITTLE else ""
-    return alpha, words + little
+    few = f"; fewer than {_FEW} rows tell little of what stays: give more retain rows" if len(keep.rows) < _FEW else ""
+    return alpha, words + little + few
 
 
 def _until_gone(passes: Passes, least: float, enough: float) -> float:

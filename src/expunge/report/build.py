@@ -12,12 +12,13 @@ from markupsafe import Markup
 
 from expunge.report import figures, provenance
 from expunge.report.aggregates import benchmark_sections, read_aggregates
+from expunge.report.answers import answers
 from expunge.report.conventions import consequences, convention_named
 from expunge.report.document import TableCell
 from expunge.report.drawing import drawn_figures
 from expunge.report.evidence import evidence_section
 from expunge.report.records import MAIN, Curve, RunRecord, read_run
-from expunge.report.robust import attack_sections, attacks_on, command, robust
+from expunge.report.robust import attack_sections, attacks_on, command
 from expunge.report.samples import sample_tables
 from expunge.report.svg import domain
 from expunge.report.tables import comparison, metric_glossary, row_counts, shown_variants, variant_label
@@ -25,11 +26,9 @@ from expunge.report.text import clean, human, marked_spans, plural
 from expunge.report.update_page import update_section
 from expunge.report.update_record import read_updates
 from expunge.report.verdict import (
-    fluent,
     forget_threshold,
     forgotten,
     kept,
-    kept_unseen,
     numbers_sentence,
     outcome,
     split_of_role,
@@ -93,9 +92,8 @@ def page(template: str, shown: Mapping[str, Any]) -> bytes:
 
 def content(record: RunRecord, samples: int) -> dict[str, Any]:
     """Everything that the template shows."""
-    forget, keep, unseen = forgotten(record), kept(record), kept_unseen(record)
+    forget, keep = forgotten(record), kept(record)
     tables = comparison(record)
-    verdicts = [verdict for verdict in (forget, keep, robust(record), unseen, fluent(record)) if verdict is not None]
     numbers = read_aggregates(record.path)
     asked = record.recipe.evaluate.convention if record.recipe else None
     convention = convention_named(numbers[0].convention if numbers else asked)
@@ -112,7 +110,7 @@ def content(record: RunRecord, samples: int) -> dict[str, Any]:
         "anchored": any(measure.anchored is not None for measure in record.measures),
         "text_of": text_of,
         "numbers": numbers_sentence(record, forget, keep),
-        "verdicts": [(verdict, figures.verdict_scale(verdict)) for verdict in verdicts],
+        "verdicts": [(verdict, figures.verdict_scale(verdict)) for verdict in answers(record)],
         "tables": tables,
         "glossary": metric_glossary(record),
         "trade_off": trade_off(record),

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import yaml
 
+from expunge.report.answers import answers
 from expunge.report.judgement import Verdict
 from expunge.report.provenance import in_words, notes, repeat_command, short
 from expunge.report.records import RunRecord, mapping, read_run
-from expunge.report.robust import robust
 from expunge.report.tables import ARROWS, main_columns, variant_label, variant_note
 from expunge.report.text import clean, grouped, human, interval, number, percent
-from expunge.report.verdict import fluent, forgotten, kept, kept_unseen, outcome
+from expunge.report.verdict import forgotten, kept, outcome
 
 # Aliases have no meaning on a hub; this is what they stand for.
 _HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -23,20 +23,15 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def model_card(run: Path) -> str:
     """The README.md of a run's result: YAML front matter for a hub, then Markdown. Raises UserError without a run."""
     record = read_run(run)
-    forget, keep, unseen = forgotten(record), kept(record), kept_unseen(record)
     parts = [
         _front_matter(record),
         f"# {_cell(record.name)}: a model after unlearning",
-        outcome(record, forget, keep),
+        outcome(record, forgotten(record), kept(record)),
         "**Evidence of tests, not proof of deletion**: the numbers below say what these tests could still draw out.",
         "## What was removed",
         _removed(record),
         "## Verdicts",
-        "\n".join(
-            _verdict(verdict)
-            for verdict in (forget, keep, robust(record), unseen, fluent(record))
-            if verdict is not None
-        ),
+        "\n".join(map(_verdict, answers(record))),
         "## Evidence",
         _evidence(record),
         "## How it was made",
